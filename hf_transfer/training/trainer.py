@@ -1,0 +1,347 @@
+"""The Trainer of transfer learning: the task's loss plus weighted objectives, a trainable set that follows a schedule,
+learning rates that follow depth; everything else is plain ``transformers.Trainer``."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from hf_transfer.errors import ConfigurationError
+from hf_transfer.objectives.base import Objective
+from hf_transfer.schedules import Schedule, UnfreezeSchedule
+from hf_transfer.training.rates import DepthRates, LearningRateBands
+from hf_transfer.training.scaffold import Scaffold
+from hf_transfer.training.unfreezing import PlanRow, TrainableLevels, format_plan
+
+
+class TransferTrainer(Trainer):
+    """``Trainer`` whose loss is ``task_weight * task + sum_i weight_i * objective_i``.
+
+    With no option given it is plain ``Trainer``, but for one repair: the loss of a model that does not divide by
+    ``num_items_in_batch`` (every sequence or token classifier) is weighed by the share of the step's labels that its
+    micro-batch holds, so that accumulation and several ranks give the gradient of the whole batch (plain Trainer's is
+    4 times too large at 4 accumulation steps, transformers issue 47688).
+
+    Args:
+        model: Any transformers model with a loss, with or without a PEFT adapter. What requires a gradient now is
+            what may train.
+        args: As for ``Trainer``.
+        objectives: Terms added to the task's loss while training; evaluation reports the task's loss alone.
+        task_weight: Factor of the task's own loss.
+        unfreeze: When each level opens (``GradualUnfreeze``, ``TopLevels``). Closed levels cost no backward pass, get
+            no weight decay, and are in eval mode.
+        layer_decay: Learning rate at depth d is ``learning_rate * layer_decay ** (top - d)``.
+        bands: Absolute rates for head, upper and lower blocks.
+        base_ratio: The base learns at ``base_ratio`` times the head's rate.
+        learning_rate_schedule: Factor of every rate as a function of progress (``SlantedTriangular``), instead of
+            ``args.lr_scheduler_type``.
+        **trainer_arguments: As for ``Trainer``: ``train_dataset``, ``eval_dataset``, ``processing_class``, ...
+
+    Raises:
+        ConfigurationError: Options that contradict each other, a schedule under DeepSpeed or FSDP1 (which fix their
+            flat parameters at the start), or a base weight left open under a PEFT adapter, which would be trained and
+            then not saved.
+
+    Example:
+        >>> trainer = TransferTrainer(model, args, train_dataset=train, unfreeze=GradualUnfreeze(), layer_decay=0.9)
+        >>> trainer.train()
+    """
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: TrainingArguments | None = None,
+        *,
+        objectives: Iterable[Objective] = (),
+        task_weight: float = 1.0,
+        unfreeze: UnfreezeSchedule | None = None,
+        layer_decay: float | None = None,
+        bands: LearningRateBands | None = None,
+        base_ratio: float | None = None,
+        learning_rate_schedule: Schedule | None = None,
+        **trainer_arguments: Any,
+    ) -> None:
+        self.objectives = list(objectives)
+        self.task_weight = task_weight
+        self.unfreeze = unfreeze
+        self.rates = DepthRates(layer_decay=layer_decay, bands=bands, base_ratio=base_ratio)
+        self.learning_rate_schedule = learning_rate_schedule
+        self._levels: TrainableLevels | None = None
+        self._step_counts: dict[str, torch.Tensor] | None = None
+        self._terms_logged_at = 0
+        self._term_sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=self.args.device))
+        args = args or TrainingArguments("tmp_trainer")
+        if unfreeze is not None:
+            _prepare_arguments_for_schedule(args)
+        super().__init__(model, args, **trainer_arguments)
+        if not self.rates.uniform and self.optimizer is not None:
+            raise ConfigurationError("Rates by depth need the optimizer to be made here: do not pass 'optimizers'.")
+        if unfreeze is not None:
+            self._refuse_fixed_parameters()
+        self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs and self._loss_shifts_labels
+        if self._by_depth:
+            self._levels = TrainableLevels(self.model)
+        self.scaffold: Scaffold | None = None
+        if self.objectives:
+            for objective in self.objectives:
+                objective.prepare(self.model)
+            self.scaffold = Scaffold(self.objectives, args, self.accelerator)
+        self._epochs = float(self.args.num_train_epochs)
+        self.add_callback(_TransferCallback(self))
+
+    # ---- what trains, and how fast ----
+
+    def plan(self) -> list[PlanRow]:
+        """What trains when and at which rate: one row per depth, the head first."""
+        levels = self._levels or TrainableLevels(self.model)
+        return levels.plan(self._rates(levels), self.unfreeze, self._epochs)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        _refuse_unsaved_weights(self.model)
+        return super().train(*args, **kwargs)
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        model = super().call_model_init(trial)
+        self._levels = TrainableLevels(model) if self._by_depth else None
+        return model
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self._levels is None or self.optimizer is not None:
+            return super().create_optimizer(model)
+        self._levels.open_all()
+        given = self.optimizer_cls_and_kwargs
+        cls, options = given or self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        self.optimizer_cls_and_kwargs = (cls, {**options, "params": self._parameter_groups(model or self.model)})
+        try:
+            return super().create_optimizer(model)
+        finally:
+            self.optimizer_cls_and_kwargs = given
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        schedule = self.learning_rate_schedule
+        if schedule is None or self.lr_scheduler is not None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer or self.optimizer, lambda step: schedule(min(1.0, step / num_training_steps))
+        )
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    # ---- the loss ----
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        model_inputs = {name: value for name, value in inputs.items() if name not in self._teaching_columns}
+        if not model.training:
+            return super().compute_loss(model, model_inputs, return_outputs, num_items_in_batch)
+        if self._levels is not None and self.unfreeze is not None:
+            self._levels.eval_frozen()
+        if any(objective.hidden_states for objective in self.objectives):
+            model_inputs["output_hidden_states"] = True
+        loss, outputs = super().compute_loss(model, model_inputs, True, num_items_in_batch)
+        if num_items_in_batch is None:
+            loss = loss * self._share("labels", inputs)
+        if self.objectives:
+            loss = self._add_objectives(loss, inputs, outputs)
+        return (loss, outputs) if return_outputs else loss
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        whole = len(batches) == 1 and self.accelerator.num_processes == 1
+        self._step_counts = None if whole or not batches else self._count_step(batches, device)
+        return batches, items
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self._term_sums:
+            steps = max(1, self.state.global_step - self._terms_logged_at)
+            for name, total in sorted(self._term_sums.items()):
+                logs[f"{name}_loss"] = self.accelerator.reduce(total, reduction="mean").item() / steps
+            self._term_sums.clear()
+            self._terms_logged_at = self.state.global_step
+        if "loss" in logs and self._levels is not None and self.unfreeze is not None:
+            logs["lowest_open_depth"] = self._levels.lowest_open
+        super().log(logs, start_time)
+
+    # ---- resuming ----
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.scaffold is not None and self.args.should_save:
+            self.scaffold.save(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            self._follow_schedule()
+            if self.scaffold is not None:
+                self.scaffold.load(checkpoint)
+        super()._load_optimizer_and_scheduler(checkpoint)
+
+    # ---- internals ----
+
+    def set_initial_training_values(self, args: TrainingArguments, dataloader: Any) -> tuple[Any, ...]:
+        values = super().set_initial_training_values(args, dataloader)
+        steps_per_epoch, max_steps = values[1], values[-1]
+        self._epochs = max_steps / steps_per_epoch
+        return values
+
+    @property
+    def _by_depth(self) -> bool:
+        return self.unfreeze is not None or not self.rates.uniform
+
+    @property
+    def _progress(self) -> float:
+        return self.state.global_step / max(1, self.state.max_steps)
+
+    @property
+    def _teaching_columns(self) -> set[str]:
+        """Columns that objectives read and the model must not see."""
+        self._set_signature_columns_if_needed()
+        return self._objective_columns
+
+    def _set_signature_columns_if_needed(self) -> None:
+        if self._signature_columns is None:
+            super()._set_signature_columns_if_needed()
+            wanted = {column for objective in self.objectives for column in objective.columns}
+            self._objective_columns = wanted - set(self._signature_columns)
+            self._signature_columns += sorted(self._objective_columns)
+
+    def _rates(self, levels: TrainableLevels) -> dict[int, float]:
+        return self.rates.at(levels.levels, head=levels.head, learning_rate=self.args.learning_rate)
+
+    def _parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """Every level with and without weight decay, the head first (the rate that the Trainer logs is the first)."""
+        assert self._levels is not None
+        decay = set(self.get_decay_parameter_names(model))
+        parameters = dict(model.named_parameters())
+        groups = []
+        for depth, rate in self._rates(self._levels).items():
+            names = [name for name, at in self._levels.depths.items() if at == depth]
+            for weight_decay, chosen in (
+                (self.args.weight_decay, [name for name in names if name in decay]),
+                (0.0, [name for name in names if name not in decay]),
+            ):
+                if chosen:
+                    group = {"params": [parameters[name] for name in chosen], "lr": rate, "weight_decay": weight_decay}
+                    groups.append(group)
+        return groups
+
+    def _follow_schedule(self) -> None:
+        if self._levels is not None and self.unfreeze is not None:
+            self._levels.apply(self.unfreeze, self._progress, self._epochs)
+
+    def _add_objectives(self, loss: torch.Tensor, inputs: Mapping[str, Any], outputs: Any) -> torch.Tensor:
+        self._term_sums["task"] += loss.detach()
+        loss = self.task_weight * loss
+        model = self.accelerator.unwrap_model(self.model)
+        for objective in self.objectives:
+            term = objective(model, inputs, outputs, self._progress)
+            term = term * self._share(objective.averaged_over, inputs)
+            self._term_sums[objective.name] += term.detach()
+            loss = loss + objective.weight_at(self._progress) * term
+        return loss
+
+    def _share(self, unit: str, inputs: Mapping[str, Any]) -> torch.Tensor | float:
+        """What this micro-batch's mean weighs in the step's, times the number of ranks that DDP averages over."""
+        if self._step_counts is None:
+            return 1.0
+        count = self._count(inputs)["labels" if unit == "labels" else "examples"]
+        total = self._step_counts["labels" if unit == "labels" else "examples"]
+        return self.accelerator.num_processes * count.to(total.device) / total
+
+    def _count_step(self, batches: list[Mapping[str, Any]], device: torch.device) -> dict[str, torch.Tensor]:
+        counts = [self._count(batch) for batch in batches]
+        local = torch.stack([sum(count[unit] for count in counts) for unit in ("examples", "labels")])  # type: ignore
+        total = self.accelerator.reduce(local.to(device), reduction="sum")
+        return {"examples": total[0], "labels": total[1]}
+
+    def _count(self, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        first = next(value for value in batch.values() if isinstance(value, torch.Tensor) and value.dim())
+        examples = torch.tensor(float(len(first)))
+        labels = batch.get("labels")
+        if labels is None:
+            return {"examples": examples, "labels": examples}
+        counted = labels[..., 1:] if self._loss_shifts_labels else labels
+        return {"examples": examples, "labels": counted.ne(-100).sum().float()}
+
+    def _refuse_fixed_parameters(self) -> None:
+        fsdp = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if self.is_deepspeed_enabled or (fsdp is not None and getattr(fsdp, "fsdp_version", 1) == 1):
+            found = "DeepSpeed" if self.is_deepspeed_enabled else "FSDP version 1"
+            raise ConfigurationError(
+                f"unfreeze: {found} fixes its flat parameters at the start, so layers cannot open later. "
+                "Use DDP or FSDP version 2, or train without a schedule."
+            )
+
+
+class _TransferCallback(TrainerCallback):
+    """Calls the trainer at the optimizer-step boundaries."""
+
+    def __init__(self, trainer: TransferTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        trainer = self.trainer
+        trainer._terms_logged_at = state.global_step
+        if trainer._levels is not None and state.is_world_process_zero:
+            print(format_plan(trainer.plan()))
+        trainer._follow_schedule()
+        if trainer.scaffold is not None:
+            trainer.scaffold.synchronize()
+
+    def on_step_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._follow_schedule()
+
+    def on_pre_optimizer_step(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        trainer = self.trainer
+        if trainer.scaffold is not None:
+            group = trainer.optimizer.param_groups[0]
+            trainer.scaffold.step(group["lr"] / group["initial_lr"] if group["initial_lr"] else 0.0)
+
+    def on_train_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer._levels is not None and self.trainer.unfreeze is not None:
+            self.trainer._levels.open_all()
+
+
+def _prepare_arguments_for_schedule(args: TrainingArguments) -> None:
+    """Under DDP a layer that opens later must have been there when DDP wrapped the model, and may be unused until."""
+    if args.ddp_find_unused_parameters is False:
+        raise ConfigurationError(
+            "unfreeze: ddp_find_unused_parameters=False makes DDP wait for the gradients of frozen layers. "
+            "Leave it unset; it is set to True."
+        )
+    args.ddp_find_unused_parameters = True
+
+
+def _refuse_unsaved_weights(model: nn.Module) -> None:
+    """PEFT saves adapters and ``modules_to_save`` only: anything else that trains would be lost."""
+    if not isinstance(model, PeftModel) or model.active_peft_config.is_prompt_learning:
+        return
+    saved = {
+        tensor.data_ptr()
+        for adapter in model.peft_config
+        for tensor in get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False).values()
+    }
+    lost = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and parameter.data_ptr() not in saved
+    ]
+    if lost:
+        raise ConfigurationError(
+            f"{len(lost)} base parameters require a gradient under a PEFT adapter (first: {lost[0]}): they would be "
+            "trained and then not saved. Freeze them, or name their module in the adapter's modules_to_save."
+        )
+

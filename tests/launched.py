@@ -1,0 +1,109 @@
+"""One training run whose gradients, weights and losses are written down; started in this process or by torchrun."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback
+
+from hf_transfer.objectives import L2SP
+from hf_transfer.schedules import GradualUnfreeze, Ramp
+from hf_transfer.training.trainer import TransferTrainer
+from tests.objectives import Critic, SoftTargets, TokenEntropy
+from tests.tiny import arguments, collate, language_rows, text_rows, tiny_bert, tiny_llama
+
+
+class Recorder(TrainerCallback):
+    """Copies the gradient of every optimizer step as the optimizer gets it."""
+
+    def __init__(self) -> None:
+        self.gradients: dict[str, torch.Tensor] = {}
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                self.gradients[f"{state.global_step}/{name.removeprefix('module.')}"] = parameter.grad.clone()
+
+
+def everything_on() -> dict:
+    """LoRA, a critic, distillation, L2-SP, gradual unfreezing and layer decay at once."""
+    model = get_peft_model(
+        tiny_bert(), LoraConfig(task_type="SEQ_CLS", target_modules=["query", "value"], init_lora_weights=False)
+    )
+    return {
+        "model": model,
+        "train_dataset": text_rows(),
+        "objectives": [Critic(weight=Ramp()), SoftTargets(weight=0.5), L2SP(weight=0.1)],
+        "unfreeze": GradualUnfreeze(until=0.5),
+        "layer_decay": 0.8,
+    }
+
+
+def full_fine_tuning() -> dict:
+    return {"model": tiny_bert(), "train_dataset": text_rows(), "unfreeze": GradualUnfreeze(until=0.5)}
+
+
+def causal_language_model() -> dict:
+    return {"model": tiny_llama(), "train_dataset": language_rows(), "objectives": [TokenEntropy(weight=0.3)]}
+
+
+CASES = {case.__name__: case for case in (everything_on, full_fine_tuning, causal_language_model)}
+
+
+def train(case: str, folder: Path, *, batch: int, accumulate: int, examples: int = 32) -> dict[str, torch.Tensor]:
+    """One epoch of ``CASES[case]``; returns gradients by step, losses, final weights and the scaffold's."""
+    recorder = Recorder()
+    options = CASES[case]()
+    options["train_dataset"] = options["train_dataset"].select(range(examples))
+    trainer = TransferTrainer(
+        args=arguments(
+            folder,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulate,
+            max_grad_norm=0.0,
+            adam_epsilon=1e-2,
+        ),
+        data_collator=collate,
+        callbacks=[recorder],
+        **options,
+    )
+    trainer.train()
+    record = dict(recorder.gradients)
+    record |= {f"final/{name}": value.detach() for name, value in trainer.model.named_parameters()}
+    record |= {
+        f"loss/{entry['step']}": torch.tensor(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry
+    }
+    if trainer.scaffold is not None:
+        record |= {f"scaffold/{name}": value for name, value in trainer.scaffold.objectives.state_dict().items()}
+    return {name: value.detach().clone().contiguous() for name, value in record.items()}
+
+
+def launch(folder: Path, *, ranks: int, cuts: list[tuple[int, int]]) -> None:
+    """Every case at every (batch, accumulate) of ``cuts`` under one torchrun. Fails unless it really had ``ranks`` ranks."""
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--rdzv_backend=c10d"]
+    command += ["--rdzv_endpoint=localhost:0", "-m", "tests.launched", str(folder), json.dumps(cuts)]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    root = Path(__file__).parent.parent
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=root)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert [json.loads((folder / f"world{rank}.json").read_text()) for rank in range(ranks)] == [ranks] * ranks
+
+
+def record_of(folder: Path, case: str, rank: int, *, batch: int, accumulate: int) -> dict[str, torch.Tensor]:
+    return load_file(folder / f"{case}-{batch}-{accumulate}-rank{rank}.safetensors")
+
+
+if __name__ == "__main__":
+    folder, rank = Path(sys.argv[1]), os.environ["RANK"]
+    for case, (batch, accumulate) in product(CASES, json.loads(sys.argv[2])):
+        result = train(case, folder, batch=batch, accumulate=accumulate)
+        save_file(result, folder / f"{case}-{batch}-{accumulate}-rank{rank}.safetensors")
+    (folder / f"world{rank}.json").write_text(json.dumps(torch.distributed.get_world_size()))

@@ -1,0 +1,35 @@
+"""Imports go downwards only."""
+
+import ast
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent.parent / "hf_transfer"
+GROUND = {
+    "errors", "functional", "schedules", "depth", "heads", "activations", "data", "tasks", "models", "schema", "report",
+    "environment",
+}  # fmt: skip
+LAYERS = [GROUND, {"features", "objectives"}, {"training"}, {"recipe", "compare"}, {"cli"}, {"__main__"}]
+
+
+def layer(part: str) -> int:
+    return next(index for index, names in enumerate(LAYERS) if part in names)
+
+
+def imported_parts(path: Path) -> set[str]:
+    modules = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            modules.add(node.module)
+            modules |= {f"{node.module}.{alias.name}" for alias in node.names if node.module == "hf_transfer"}
+        elif isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+    return {parts[1] for module in modules if (parts := module.split("."))[0] == "hf_transfer" and len(parts) > 1}
+
+
+def test_imports_go_downwards():
+    files = [path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py"]
+    assert len(files) > 10
+    for path in files:
+        own = path.relative_to(PACKAGE).with_suffix("").parts[0]
+        above = {part for part in imported_parts(path) - {own} if layer(part) > layer(own)}
+        assert not above, f"{path.relative_to(PACKAGE)} imports {sorted(above)} from a layer above its own"
