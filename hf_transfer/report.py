@@ -20,6 +20,11 @@ _STATE = "trainer_state.json"
 _MADE_BY = "hf_transfer"
 
 
+def is_main_process() -> bool:
+    """Whether this process writes and prints: the first of those that torchrun or ``accelerate launch`` started."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """The folder of one run, beside the model that ``save_pretrained`` puts there.
@@ -74,12 +79,13 @@ class RunFolder:
             )
         if not self.is_ours:
             raise ConfigurationError(
-                f"Output folder '{self.path}' is not empty and holds no run of hf_transfer (no {_MARK}): it is neither "
-                "overwritten nor resumed. Name another one (--output)."
+                f"Output folder '{self.path}' is not empty and holds no run of hf_transfer (no {_MARK}): it is "
+                "neither overwritten nor resumed. Name another one (--output)."
             )
         if resume and (changed := _differences(self.recipe(), recipe)):
             raise ConfigurationError(
-                f"Cannot resume '{self.path}' with another recipe; these differ from its {_RECIPE}: {', '.join(changed)}."
+                f"Cannot resume '{self.path}' with another recipe; these differ from its {_RECIPE}: "
+                f"{', '.join(changed)}."
             )
 
     @property

@@ -9,7 +9,7 @@ import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -29,6 +29,17 @@ _SCALARS: dict[Any, str] = {
     str: "text",
     Path: "a path",
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Checked:
+    """Annotates plain data that has no class of its own: ``Annotated[dict[str, Any], Checked(check)]``.
+
+    Args:
+        check: Takes the value and its dotted path; returns the value to keep or raises :class:`ConfigurationError`.
+    """
+
+    check: Callable[[Any, str], Any]
 
 
 def construct(
@@ -84,6 +95,8 @@ def convert(annotation: Any, value: Any, *, where: str) -> Any:
     origin = get_origin(annotation)
     if annotation is Any or annotation is _REQUIRED:
         return value
+    if origin is Annotated:
+        return annotation.__metadata__[0].check(value, where)
     if origin in (Union, types.UnionType):
         return _convert_union(get_args(annotation), value, where)
     if annotation in _SCALARS:
@@ -176,9 +189,12 @@ def describe(cls: type, *, prefix: str = "") -> list[Option]:
     """The options of ``cls`` and of its sections: dotted name, type, default and what the docstring's ``Args`` say."""
     parameters, _ = _parameters(cls)
     documented = _documented_arguments(cls)
+    factories = {field.name: field.default_factory for field in getattr(cls, "__dataclass_fields__", {}).values()}
     options = []
     for name, parameter in parameters.items():
-        default = None if parameter.default is _REQUIRED else _default_text(parameter.default)
+        factory = factories.get(name, dataclasses.MISSING)
+        value = parameter.default if factory is dataclasses.MISSING else factory()
+        default = None if value is _REQUIRED else _default_text(value)
         path = f"{prefix}{name}"
         options.append(Option(path, type_name(parameter.annotation), default, documented.get(name, "")))
         for section in _sections(parameter.annotation):
@@ -186,11 +202,19 @@ def describe(cls: type, *, prefix: str = "") -> list[Option]:
     return options
 
 
+def prose(cls: type) -> str:
+    """The docstring of ``cls`` without the sections that :func:`describe` and the error messages cover."""
+    text = inspect.cleandoc(cls.__doc__ or "")
+    return re.sub(r"^(?:Args|Parameters|Raises|Example):\n(?:[ \t]+.*\n?|\n)+", "", text, flags=re.M).strip()
+
+
 def type_name(annotation: Any) -> str:
     """What a value of ``annotation`` is called in messages."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin in (Union, types.UnionType):
         return _any_of(arguments)
+    if origin is Annotated:
+        return "a mapping of options"
     if origin is Literal or _is_enum(annotation):
         return "one of " + ", ".join(str(choice) for choice in _choices(annotation))
     if annotation == Schedule:
@@ -211,7 +235,7 @@ def type_name(annotation: Any) -> str:
 def _parameters(cls: Callable[..., Any]) -> tuple[dict[str, inspect.Parameter], bool]:
     """The keyword parameters with resolved annotations, and whether any other key is accepted too."""
     hinted = cls if dataclasses.is_dataclass(cls) or not isinstance(cls, type) else cls.__init__  # type: ignore[misc]
-    hints = get_type_hints(hinted)
+    hints = get_type_hints(hinted, include_extras=True)
     parameters, open_ended = {}, False
     for name, parameter in inspect.signature(cls).parameters.items():
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
@@ -259,10 +283,9 @@ def _convert_union(members: tuple[Any, ...], value: Any, where: str) -> Any:
     if value is None and types.NoneType in members:
         return None
     candidates = _distinct(members)
-    if isinstance(value, Mapping):
-        sections = [member for member in candidates if isinstance(member, type) and _is_section(member)]
-        if sections:
-            return construct(_nearest_section(sections, value), value, where=where)
+    sections = [member for member in candidates if get_origin(member) is Annotated or _is_section(member)]
+    if sections and isinstance(value, Mapping):
+        return convert(_nearest_section(sections, value), value, where=where)
     converted, problems = [], []
     for member in candidates:
         try:
@@ -286,7 +309,9 @@ def _any_of(members: tuple[Any, ...]) -> str:
     return " or ".join(dict.fromkeys(type_name(member) for member in _distinct(members)))
 
 
-def _nearest_section(sections: Sequence[type], values: Mapping[str, Any]) -> type:
+def _nearest_section(sections: Sequence[Any], values: Mapping[str, Any]) -> Any:
+    if len(sections) == 1:
+        return sections[0]
     return max(sections, key=lambda section: len(set(values) & set(_parameters(section)[0])))
 
 
@@ -333,9 +358,7 @@ def _sections(annotation: Any) -> list[type]:
 def _default_text(default: Any) -> str:
     if default is None:
         return "null"
-    if type(default).__name__ == "_HAS_DEFAULT_FACTORY_CLASS":
-        return "{}"
-    return str(plain(default)).lower() if isinstance(default, bool) else str(plain(default))
+    return str(default).lower() if isinstance(default, bool) else str(plain(default))
 
 
 def _documented_arguments(cls: type) -> dict[str, str]:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from hf_transfer.errors import ConfigurationError, nearest
 
@@ -26,9 +26,9 @@ class Metrics:
     """How predictions of one problem are scored, and which score says that one checkpoint is better than another.
 
     Args:
-        scores: takes the gathered predictions and labels (numpy arrays), gives named floats.
-        best: the name to put into ``TrainingArguments.metric_for_best_model``.
-        greater_is_better: whether ``best`` grows with quality.
+        scores: Takes the gathered predictions and labels (numpy arrays), gives named floats.
+        best: The name to put into ``TrainingArguments.metric_for_best_model``.
+        greater_is_better: Whether ``best`` grows with quality.
     """
 
     scores: Callable[[np.ndarray, np.ndarray], dict[str, float]]
@@ -37,7 +37,7 @@ class Metrics:
 
     def compute(self, prediction: EvalPrediction) -> dict[str, float]:
         """The Trainer's ``compute_metrics``."""
-        return self.scores(prediction.predictions, prediction.label_ids)
+        return self.scores(cast("np.ndarray", prediction.predictions), cast("np.ndarray", prediction.label_ids))
 
 
 @dataclass(frozen=True)
@@ -45,13 +45,13 @@ class Task:
     """A kind of prediction.
 
     Args:
-        name: the key in `TASKS`, as recipes write it.
-        auto_class: the name of the transformers auto class that builds the model.
-        new_head: whether a head that the checkpoint lacks is expected; a language model must bring its own.
-        collator: makes the data collator from a tokenizer. Padding is dynamic: to the longest example of a batch.
-        metrics: makes the `Metrics` from the problem type and the label names.
-        preprocess_logits_for_metrics: reduces a batch's ``(logits, labels)`` on its device before the Trainer gathers and
-            keeps them, so that evaluation holds a few numbers per example or token instead of all logits.
+        name: The key in `TASKS`, as recipes write it.
+        auto_class: The name of the transformers auto class that builds the model.
+        new_head: Whether a head that the checkpoint lacks is expected; a language model must bring its own.
+        collator: Makes the data collator from a tokenizer. Padding is dynamic: to the longest example of a batch.
+        metrics: Makes the `Metrics` from the problem type and the label names.
+        preprocess_logits_for_metrics: Reduces a batch's ``(logits, labels)`` on its device before the Trainer gathers
+            and keeps them, so that evaluation holds a few numbers per example or token instead of all logits.
     """
 
     name: TaskName
@@ -135,7 +135,8 @@ def is_bio(tags: Sequence[str]) -> bool:
 def entity_spans(tags: Sequence[str]) -> set[tuple[str, int, int]]:
     """The entities of one BIO sequence as ``(type, first, end)``, ``end`` exclusive.
 
-    Malformed sequences are read as conlleval reads them: an ``I-`` tag that continues nothing of its type opens an entity.
+    Malformed sequences are read as conlleval reads them: an ``I-`` tag that continues nothing of its type opens an
+    entity.
 
     Example:
         >>> sorted(entity_spans(["B-place", "I-place", "O", "I-person"]))
@@ -154,7 +155,7 @@ def entity_spans(tags: Sequence[str]) -> set[tuple[str, int, int]]:
 
 
 def entity_scores(predicted: Sequence[Sequence[str]], truth: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Precision, recall and F1 over all entities of all sentences: an entity counts when type and borders are right."""
+    """Precision, recall and F1 over the entities of all sentences; one is right when its type and both ends are."""
     right = found = expected = 0
     for predicted_tags, true_tags in zip(predicted, truth, strict=True):
         predicted_spans, true_spans = entity_spans(predicted_tags), entity_spans(true_tags)
@@ -174,7 +175,7 @@ def token_scores(predicted: np.ndarray, labels: np.ndarray, *, names: Sequence[s
     Args:
         predicted: ``[N, T]`` tag ids.
         labels: ``[N, T]`` tag ids, -100 where there is nothing to score (padding, further pieces of a word).
-        names: the tags in the order of their ids.
+        names: The tags in the order of their ids.
     """
     from sklearn.metrics import f1_score
 
@@ -261,8 +262,8 @@ def _pad_inputs(tokenizer: PreTrainedTokenizerBase) -> Any:
 
 
 def _pad_inputs_and_labels(tokenizer: PreTrainedTokenizerBase) -> Any:
-    """Also for language models: DataCollatorForLanguageModeling hides every label that equals the padding token, thus the
-    end-of-text token of each model that pads with it."""
+    """Also for language models: DataCollatorForLanguageModeling hides every label that equals the padding token, thus
+    the end-of-text token of each model that pads with it."""
     from transformers import DataCollatorForTokenClassification
 
     return DataCollatorForTokenClassification(tokenizer, label_pad_token_id=IGNORED)

@@ -48,7 +48,13 @@ def everything_on() -> dict:
 
 
 def full_fine_tuning() -> dict:
-    return {"model": tiny_bert(), "train_dataset": text_rows(), "unfreeze": GradualUnfreeze(until=0.5)}
+    """With activation checkpointing, for which the Trainer would let DDP wait for the gradients of frozen layers."""
+    return {
+        "model": tiny_bert(),
+        "train_dataset": text_rows(),
+        "unfreeze": GradualUnfreeze(until=0.5),
+        "arguments": {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}},
+    }
 
 
 def causal_language_model() -> dict:
@@ -70,6 +76,7 @@ def train(case: str, folder: Path, *, batch: int, accumulate: int, examples: int
             gradient_accumulation_steps=accumulate,
             max_grad_norm=0.0,
             adam_epsilon=1e-2,
+            **options.pop("arguments", {}),
         ),
         data_collator=collate,
         callbacks=[recorder],

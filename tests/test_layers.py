@@ -5,7 +5,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "hf_transfer"
 GROUND = {
-    "errors", "functional", "schedules", "depth", "heads", "activations", "data", "tasks", "models", "schema", "report",
+    "errors", "functional", "schedules", "depth", "heads", "activations", "cuts", "data", "tasks", "models", "schema", "report",
     "environment",
 }  # fmt: skip
 LAYERS = [GROUND, {"features", "objectives"}, {"training"}, {"recipe", "compare"}, {"cli"}, {"__main__"}]

@@ -78,7 +78,7 @@ class PreparedData:
             lines.append(line)
             if summary.seen_in_train:
                 lines.append(
-                    f"warning: {summary.seen_in_train:,} of {summary.examples:,} {split} examples also occur in train, "
-                    "so that score is too good"
+                    f"warning: {summary.seen_in_train:,} of {summary.examples:,} {split} examples occur in train too, "
+                    "which flatters the score"
                 )
         return [*lines, *self.notes]

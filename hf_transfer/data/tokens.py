@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from itertools import chain
+from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from hf_transfer.data.labels import Labels
+from hf_transfer.errors import ConfigurationError
 from hf_transfer.tasks import IGNORED
 
 if TYPE_CHECKING:
@@ -27,12 +28,17 @@ def tokenise(
     Args:
         rows: The raw rows of one split.
         function: One of the functions below: a batch of columns in, columns out with ``KEPT`` and ``LOST`` per row.
-        name: The split's, for the progress bar.
-        settings: Further keyword arguments of ``function``.
+        name: The split's name.
+        settings: The keyword arguments of ``function``.
+
+    Raises:
+        ConfigurationError: No row is left.
     """
     done = rows.map(
         function, batched=True, remove_columns=rows.column_names, fn_kwargs=dict(settings), desc=f"Tokenising {name}"
     )
+    if not len(done):
+        raise ConfigurationError(f"data: no text of '{name}' is long enough to learn from.")
     kept, lost = np.asarray(done[KEPT][:]), np.asarray(done[LOST][:])
     counts = {"rows": len(done), "kept": int(kept.sum()), "lost": int(lost.sum()), "truncated": int((lost > 0).sum())}
     return done.remove_columns([KEPT, LOST]), counts
@@ -59,7 +65,7 @@ def tagged_words(batch: Columns, *, tokenizer: PreTrainedTokenizerBase, length: 
     rows, kept = [], []
     for position, tags in enumerate(batch["tags"]):
         ids, words = labels.encode(tags), encoded.word_ids(position)
-        first = [word is not None and word != before for before, word in zip([None, *words], words)]
+        first = [word is not None and word != before for before, word in pairwise([None, *words])]
         rows.append([ids[word] if opens else IGNORED for opens, word in zip(first, words, strict=True)])
         kept.append(sum(first))
     lost = [len(tags) - count for tags, count in zip(batch["tags"], kept, strict=True)]
@@ -78,7 +84,8 @@ def blocks(batch: Columns, *, tokenizer: PreTrainedTokenizerBase, length: int) -
     """Documents joined and cut into blocks of ``length`` tokens; the last block of a batch of documents is shorter."""
     joined = list(chain.from_iterable(_document_ids(batch["text"], tokenizer)))
     rows = [joined[start : start + length] for start in range(0, len(joined) - 1, length)]
-    return _language_rows(rows) | {LOST: [0] * len(rows)}
+    lost = len(joined) - sum(map(len, rows))  # a last token alone, with nothing to predict
+    return _language_rows(rows) | {LOST: [lost if row is rows[-1] else 0 for row in rows]}
 
 
 def _document_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import time
+from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
 from torch import nn
 from transformers import TrainingArguments
+from transformers.trainer_utils import TrainOutput
 
-from hf_transfer.schedules import GradualUnfreeze, UnfreezeSchedule
+from hf_transfer.depth import head_names
+from hf_transfer.features import Precision, extract_features
+from hf_transfer.heads import fit_head
+from hf_transfer.schedules import GradualUnfreeze, TopLevels, UnfreezeSchedule
 from hf_transfer.training.trainer import TransferTrainer
 
 
@@ -36,3 +43,76 @@ class GradualUnfreezeTrainer(TransferTrainer):
         **options: Any,
     ) -> None:
         super().__init__(model, args, unfreeze=unfreeze or GradualUnfreeze(), **options)
+
+
+class FeatureExtractionTrainer(TransferTrainer):
+    """Frozen base, new head: the base runs once over the data, the head is trained on what it gave.
+
+    A head of one linear layer is fitted to its optimum by ``fit_head``, the regularisation chosen on ``eval_dataset``
+    (without one, by cross-validation); epochs and learning rate then play no part. Any other head (RoBERTa's two layers,
+    token classification), or a run with objectives, trains by gradient steps from the cached features. Either way what
+    is saved is the ordinary model. Use ``add_mean_pooling`` first for a sentence encoder of the BERT family: its first
+    position was never trained to stand for the sentence.
+
+    Args:
+        model: A model with a new head. Its base is left as it is, and stays in evaluation mode.
+        args: As for ``TransferTrainer``.
+        features_dir: Folder for the cached features, which any run with the same base and data shares. By default
+            ``features`` in ``args.output_dir``.
+        features_dtype: What the base computes in. ``"auto"`` is bfloat16 where the device has it natively.
+        **options: As for ``TransferTrainer``, except ``unfreeze`` and ``frozen_prefix_cache``, which are the method.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: TrainingArguments | None = None,
+        *,
+        features_dir: str | Path | None = None,
+        features_dtype: Precision = "auto",
+        **options: Any,
+    ) -> None:
+        args = args or TrainingArguments("tmp_trainer")
+        super().__init__(
+            model,
+            args,
+            unfreeze=TopLevels(0),
+            frozen_prefix_cache=features_dir or Path(str(args.output_dir)) / "features",
+            frozen_prefix_dtype=features_dtype,
+            **options,
+        )
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Fit the head, or train it from the cache; arguments are as for ``Trainer.train``."""
+        names = head_names(self.model)
+        linear = len(names) == 1 and isinstance(self.model.get_submodule(names[0]), nn.Linear)
+        if self.objectives or not linear or self._features_per_token:
+            return super().train(*args, **kwargs)
+        return self._fit()
+
+    @property
+    def _features_per_token(self) -> bool:
+        labels = self.train_dataset[0].get("labels")
+        return isinstance(labels, list) and self.model.config.problem_type != "multi_label_classification"
+
+    def _fit(self) -> TrainOutput:
+        started = time.perf_counter()
+        self.show_plan()
+        validation = self.eval_dataset if isinstance(self.eval_dataset, Dataset) else None
+        with self.args.main_process_first(local=False, desc="extracting features"):
+            features = self._features(self.train_dataset)
+            held_out = None if validation is None else (self._features(validation), validation["labels"])
+        fit = fit_head(self.model, features, self.train_dataset["labels"], validation=held_out)
+        seconds = time.perf_counter() - started
+        self.log({"head_C": fit.C, "head_validation_loss": fit.validation_loss, "train_runtime": round(seconds, 4)})
+        return TrainOutput(self.state.global_step, fit.validation_loss, {"train_runtime": seconds})
+
+    def _features(self, dataset: Dataset) -> Any:
+        return extract_features(
+            self.model,
+            dataset,
+            data_collator=self.data_collator,
+            cache_dir=self.frozen_prefix_cache,
+            dtype=self.frozen_prefix_dtype,
+            batch_size=self.args.per_device_eval_batch_size,
+        )

@@ -5,14 +5,18 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from peft import PeftModel, get_peft_model_state_dict
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_transfer.errors import ConfigurationError
+from hf_transfer.features import EXAMPLE_INDEX, PrefixCache, Precision
 from hf_transfer.objectives.base import Objective
 from hf_transfer.schedules import Schedule, UnfreezeSchedule
 from hf_transfer.training.rates import DepthRates, LearningRateBands
@@ -41,6 +45,10 @@ class TransferTrainer(Trainer):
         base_ratio: The base learns at ``base_ratio`` times the head's rate.
         learning_rate_schedule: Factor of every rate as a function of progress (``SlantedTriangular``), instead of
             ``args.lr_scheduler_type``.
+        frozen_prefix_cache: A folder. The closed levels are then computed once, in evaluation mode, and what enters
+            the lowest open block is read from there in every epoch: no forward pass below it either. Needs
+            ``unfreeze``, a ``datasets.Dataset``, and a collator that makes the same of an example each time.
+        frozen_prefix_dtype: What is stored there; ``"float32"`` trains as without the cache, for twice the disk.
         **trainer_arguments: As for ``Trainer``: ``train_dataset``, ``eval_dataset``, ``processing_class``, ...
 
     Raises:
@@ -67,6 +75,8 @@ class TransferTrainer(Trainer):
         bands: LearningRateBands | None = None,
         base_ratio: float | None = None,
         learning_rate_schedule: Schedule | None = None,
+        frozen_prefix_cache: str | Path | None = None,
+        frozen_prefix_dtype: Precision = "bfloat16",
         **trainer_arguments: Any,
     ) -> None:
         self.objectives = list(objectives)
@@ -74,6 +84,9 @@ class TransferTrainer(Trainer):
         self.unfreeze = unfreeze
         self.rates = DepthRates(layer_decay=layer_decay, bands=bands, base_ratio=base_ratio)
         self.learning_rate_schedule = learning_rate_schedule
+        self.frozen_prefix_cache = frozen_prefix_cache
+        self.frozen_prefix_dtype = frozen_prefix_dtype
+        self._prefix: PrefixCache | None = None
         self._levels: TrainableLevels | None = None
         self._step_counts: dict[str, torch.Tensor] | None = None
         self._terms_logged_at = 0
@@ -86,6 +99,8 @@ class TransferTrainer(Trainer):
             raise ConfigurationError("Rates by depth need the optimizer to be made here: do not pass 'optimizers'.")
         if unfreeze is not None:
             self._refuse_fixed_parameters()
+        if frozen_prefix_cache is not None:
+            self.train_dataset = self._indexed(self.train_dataset)
         self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs and self._loss_shifts_labels
         if self._by_depth:
             self._levels = TrainableLevels(self.model)
@@ -104,6 +119,11 @@ class TransferTrainer(Trainer):
         levels = self._levels or TrainableLevels(self.model)
         return levels.plan(self._rates(levels), self.unfreeze, self._epochs)
 
+    def show_plan(self) -> None:
+        """Print the plan as a table, once for all ranks."""
+        if self.is_world_process_zero():
+            print(format_plan(self.plan()))
+
     def train(self, *args: Any, **kwargs: Any) -> Any:
         _refuse_unsaved_weights(self.model)
         return super().train(*args, **kwargs)
@@ -114,9 +134,10 @@ class TransferTrainer(Trainer):
         return model
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self._levels is not None:
+            self._levels.open_all()
         if self._levels is None or self.optimizer is not None:
             return super().create_optimizer(model)
-        self._levels.open_all()
         given = self.optimizer_cls_and_kwargs
         cls, options = given or self.get_optimizer_cls_and_kwargs(self.args, self.model)
         self.optimizer_cls_and_kwargs = (cls, {**options, "params": self._parameter_groups(model or self.model)})
@@ -151,7 +172,8 @@ class TransferTrainer(Trainer):
             self._levels.eval_frozen()
         if any(objective.hidden_states for objective in self.objectives):
             model_inputs["output_hidden_states"] = True
-        loss, outputs = super().compute_loss(model, model_inputs, True, num_items_in_batch)
+        with self._replayed(inputs, model_inputs):
+            loss, outputs = super().compute_loss(model, model_inputs, True, num_items_in_batch)
         if num_items_in_batch is None:
             loss = loss * self._share("labels", inputs)
         if self.objectives:
@@ -215,6 +237,8 @@ class TransferTrainer(Trainer):
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
             wanted = {column for objective in self.objectives for column in objective.columns}
+            if self.frozen_prefix_cache is not None:
+                wanted.add(EXAMPLE_INDEX)
             self._objective_columns = wanted - set(self._signature_columns)
             self._signature_columns += sorted(self._objective_columns)
 
@@ -239,8 +263,54 @@ class TransferTrainer(Trainer):
         return groups
 
     def _follow_schedule(self) -> None:
-        if self._levels is not None and self.unfreeze is not None:
-            self._levels.apply(self.unfreeze, self._progress, self._epochs)
+        if self._levels is None or self.unfreeze is None:
+            return
+        changed = self._levels.apply(self.unfreeze, self._progress, self._epochs)
+        if changed and self._prefix is not None:
+            self._start_above(self._levels.lowest_open - 1)
+
+    def _cache_frozen_prefix(self) -> None:
+        """Store what enters the lowest open block in this stage and every later one."""
+        assert self._levels is not None
+        assert self.unfreeze is not None
+        stages = self._levels.reachable(self.unfreeze, self._epochs)
+        cuts = [lowest - 1 for lowest in stages if 0 < lowest <= self._levels.lowest_open]
+        with self.args.main_process_first(local=False, desc="caching the frozen prefix"):
+            self._prefix = PrefixCache.build(
+                self.model,
+                self.train_dataset,
+                self.data_collator,
+                directory=self.frozen_prefix_cache,
+                cuts=cuts,
+                dtype=self.frozen_prefix_dtype,
+                batch_size=self.args.per_device_train_batch_size,
+            )
+        self._start_above(self._levels.lowest_open - 1)
+
+    def _start_above(self, depth: int) -> None:
+        assert self._prefix is not None
+        if depth < 0:
+            self._prefix.uninstall()
+            self._prefix = None
+        else:
+            self._prefix.install(depth)
+
+    def _replayed(self, inputs: Mapping[str, Any], model_inputs: dict[str, Any]) -> AbstractContextManager[None]:
+        if self._prefix is None:
+            return nullcontext()
+        return self._prefix.replay({**model_inputs, EXAMPLE_INDEX: inputs[EXAMPLE_INDEX]})
+
+    def _indexed(self, dataset: Any) -> Dataset:
+        if self.unfreeze is None:
+            raise ConfigurationError("frozen_prefix_cache: nothing is frozen. Give 'unfreeze' as well.")
+        if not isinstance(dataset, Dataset):
+            raise ConfigurationError(
+                f"frozen_prefix_cache: expected the train_dataset to be a datasets.Dataset, found {type(dataset).__name__}."
+            )
+        readers = [objective.name for objective in self.objectives if objective.hidden_states]
+        if readers:
+            raise ConfigurationError(f"frozen_prefix_cache: {readers[0]} reads hidden states that are not computed.")
+        return dataset.add_column(EXAMPLE_INDEX, list(range(len(dataset))))
 
     def _add_objectives(self, loss: torch.Tensor, inputs: Mapping[str, Any], outputs: Any) -> torch.Tensor:
         self._term_sums["task"] += loss.detach()
@@ -295,9 +365,11 @@ class _TransferCallback(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self.trainer
         trainer._terms_logged_at = state.global_step
-        if trainer._levels is not None and state.is_world_process_zero:
-            print(format_plan(trainer.plan()))
+        if trainer._levels is not None:
+            trainer.show_plan()
         trainer._follow_schedule()
+        if trainer.frozen_prefix_cache is not None:
+            trainer._cache_frozen_prefix()
         if trainer.scaffold is not None:
             trainer.scaffold.synchronize()
 
@@ -311,8 +383,11 @@ class _TransferCallback(TrainerCallback):
             trainer.scaffold.step(group["lr"] / group["initial_lr"] if group["initial_lr"] else 0.0)
 
     def on_train_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trainer._levels is not None and self.trainer.unfreeze is not None:
-            self.trainer._levels.open_all()
+        trainer = self.trainer
+        if trainer._prefix is not None:
+            trainer._start_above(-1)
+        if trainer._levels is not None and trainer.unfreeze is not None:
+            trainer._levels.open_all()
 
 
 def _prepare_arguments_for_schedule(args: TrainingArguments) -> None:

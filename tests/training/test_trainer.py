@@ -73,6 +73,18 @@ def test_everything_is_open_again_after_training(tmp_path):
     assert all(parameter.requires_grad for parameter in trainer.model.parameters())
 
 
+def test_after_an_interrupted_run_everything_is_open_when_ddp_wraps_again(tmp_path):
+    class Interrupt(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            raise KeyboardInterrupt
+
+    trainer = make(tmp_path, unfreeze=TopLevels(0), callbacks=[Interrupt()])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.create_optimizer()
+    assert all(parameter.requires_grad for parameter in trainer.model.parameters())
+
+
 def test_layer_decay_reaches_every_parameter(tmp_path):
     trainer = make(tmp_path, layer_decay=0.5)
     groups = trainer.create_optimizer().param_groups

@@ -1,0 +1,39 @@
+from .data.text import TextData
+from .depth import block_names, embedding_names, head_names, parameter_depths
+from .errors import ConfigurationError
+from .features import PrefixCache, extract_features
+from .heads import add_mean_pooling, fit_head
+from .models import ModelSpec, load_model, load_tokenizer
+from .objectives import L2SP, Objective
+from .schedules import GradualUnfreeze, Ramp, SlantedTriangular, TopLevels
+from .training.named import FeatureExtractionTrainer, GradualUnfreezeTrainer
+from .training.rates import LearningRateBands
+from .training.trainer import TransferTrainer
+
+__all__ = [
+    "L2SP",
+    "ConfigurationError",
+    "FeatureExtractionTrainer",
+    "GradualUnfreeze",
+    "GradualUnfreezeTrainer",
+    "LearningRateBands",
+    "ModelSpec",
+    "Objective",
+    "PrefixCache",
+    "Ramp",
+    "SlantedTriangular",
+    "TextData",
+    "TopLevels",
+    "TransferTrainer",
+    "add_mean_pooling",
+    "block_names",
+    "embedding_names",
+    "extract_features",
+    "fit_head",
+    "head_names",
+    "load_model",
+    "load_tokenizer",
+    "parameter_depths",
+]
+
+__version__: str

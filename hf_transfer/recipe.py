@@ -1,0 +1,489 @@
+"""Recipes: an experiment as plain data, from YAML or from Python, checked whole before a model is loaded."""
+
+from __future__ import annotations
+
+import os
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from math import isfinite
+from pathlib import Path
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
+
+import yaml
+
+from hf_transfer.data.text import TextData
+from hf_transfer.depth import head_names
+from hf_transfer.environment import versions
+from hf_transfer.errors import ConfigurationError, nearest
+from hf_transfer.models import ModelSpec, load_model, load_tokenizer
+from hf_transfer.report import RunFolder, is_main_process
+from hf_transfer.schedules import GradualUnfreeze, Schedule, TopLevels
+from hf_transfer.schema import Checked, apply_overrides, bind, construct, plain
+from hf_transfer.tasks import Metrics, find_task
+from hf_transfer.training.rates import DepthRates, LearningRateBands
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from peft import PeftConfig, PeftModel
+    from transformers import PreTrainedModel, TrainingArguments
+
+    from hf_transfer.data.prepared import PreparedData
+    from hf_transfer.training.trainer import TransferTrainer
+
+AnyRecipe = TypeVar("AnyRecipe", bound="Recipe")
+
+RECIPES: dict[str, str] = {
+    "feature_extraction": "hf_transfer.recipe:FeatureExtractionRecipe",
+    "fine_tune": "hf_transfer.recipe:FineTuneRecipe",
+    "gradual_unfreeze": "hf_transfer.recipe:GradualUnfreezeRecipe",
+    "lora": "hf_transfer.recipe:LoraRecipe",
+    "compare": "hf_transfer.compare:CompareRecipe",
+}
+"""What ``recipe:`` can name, and where the class is."""
+
+RENAMED_TRAINING_ARGUMENTS = {
+    "evaluation_strategy": "eval_strategy",
+    "group_by_length": "train_sampling_strategy",
+    "no_cuda": "use_cpu",
+    "per_gpu_eval_batch_size": "per_device_eval_batch_size",
+    "per_gpu_train_batch_size": "per_device_train_batch_size",
+    "warmup_ratio": "warmup_steps",
+}
+"""What transformers 5 calls the training arguments of earlier versions."""
+
+PEFT_TASK_TYPES = {
+    "sequence-classification": "SEQ_CLS",
+    "token-classification": "TOKEN_CLS",
+    "causal-lm": "CAUSAL_LM",
+}
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run left behind.
+
+    Args:
+        folder: The run folder; ``from_pretrained`` loads the model from it.
+        metrics: The content of its ``metrics.json``.
+    """
+
+    folder: Path
+    metrics: dict[str, Any]
+
+
+def recipe_class(name: str) -> type[Recipe]:
+    """The recipe class that ``recipe: name`` asks for.
+
+    Raises:
+        ConfigurationError: No recipe has that name.
+    """
+    if name not in RECIPES:
+        raise ConfigurationError(f"recipe = {name!r}: there is no such recipe. {nearest(name, RECIPES)}")
+    return resolve_name(RECIPES[name])
+
+
+def adapter_class(method: str, *, where: str = "adapter") -> type[PeftConfig]:
+    """PEFT's configuration class for the method called ``method`` in lower case, those registered by others included.
+
+    Raises:
+        ConfigurationError: PEFT knows no such method.
+    """
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    classes = {kind.value.lower(): cls for kind, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    if method not in classes:
+        raise ConfigurationError(f"{where}.method = {method!r}: PEFT has no such method. {nearest(method, classes)}")
+    return classes[method]
+
+
+class Recipe(ABC):
+    """An experiment as plain data: what its constructor takes, a YAML file can say, and both are checked alike."""
+
+    name: ClassVar[str]
+    """What ``recipe:`` calls it."""
+
+    def __post_init__(self) -> None:
+        given = {each.name: getattr(self, each.name) for each in fields(self)}  # type: ignore[arg-type]
+        for option, value in bind(type(self), given).items():
+            setattr(self, option, value)
+
+    @classmethod
+    def load(cls: type[AnyRecipe], path: str | Path, overrides: Iterable[str] = ()) -> AnyRecipe:
+        """Read a recipe from a YAML file.
+
+        Args:
+            path: The file. ``recipe:`` in it names the class; called on a named class, that is the class it must name.
+            overrides: Changes as ``key.path=value``, the value in YAML.
+
+        Raises:
+            ConfigurationError: The file is not there or is not YAML, or something in it cannot work; all that is wrong
+                with keys and types is said at once.
+        """
+        return cls.from_values(apply_overrides(_read_yaml(Path(path)), overrides))
+
+    @classmethod
+    def from_values(cls: type[AnyRecipe], values: Mapping[str, Any]) -> AnyRecipe:
+        """Build the recipe that ``values`` describe, as a YAML file would hold them."""
+        options = dict(values)
+        name = options.pop("recipe", getattr(cls, "name", None))
+        if name is None:
+            raise ConfigurationError(f"recipe is missing: expected one of {', '.join(RECIPES)}.")
+        found = recipe_class(name)
+        if not issubclass(found, cls):
+            raise ConfigurationError(f"recipe = {name!r}: expected one that is a {cls.__name__}.")
+        return construct(found, options)
+
+    def values(self) -> dict[str, Any]:
+        """The resolved recipe as plain data: ``from_values`` and YAML take it back."""
+        return {"recipe": self.name, **plain(self)}
+
+    @abstractmethod
+    def run(self, *, overwrite: bool = False, resume: bool = False) -> RunResult:
+        """Carry the experiment out and write its run folder.
+
+        Args:
+            overwrite: Delete an earlier run in the folder.
+            resume: Continue an earlier run from its last complete checkpoint; a finished one is read.
+
+        Raises:
+            ConfigurationError: Something cannot work, or the folder holds something and neither was asked for.
+        """
+
+
+def _training_options(values: Any, where: str) -> dict[str, Any]:
+    from transformers import TrainingArguments
+
+    options = bind(TrainingArguments, values, where=where, renamed=RENAMED_TRAINING_ARGUMENTS)
+    if not options.get("output_dir"):
+        raise ConfigurationError(f"{where}.output_dir is missing: expected the run folder (--output).")
+    if "hub_token" in options:
+        raise ConfigurationError(f"{where}.hub_token: a recipe is kept with its run; put the token into HF_TOKEN.")
+    return options
+
+
+def _adapter_options(values: Any, where: str) -> dict[str, Any]:
+    if not isinstance(values, Mapping):
+        raise ConfigurationError(
+            f"{where} = {values!r}: expected a mapping of options, such as {{method: lora, r: 8}}."
+        )
+    options = dict(values)
+    method = options.pop("method", "lora")
+    return {"method": method, **bind(adapter_class(method, where=where), options, where=where)}
+
+
+def _objective_options(values: Any, where: str) -> dict[str, Any]:
+    from hf_transfer.objectives import OBJECTIVES
+
+    if not isinstance(values, Mapping):
+        raise ConfigurationError(
+            f"{where} = {values!r}: expected a mapping of objectives, such as {{l2sp: {{weight: 0.01}}}}."
+        )
+    unknown = [name for name in values if name not in OBJECTIVES]
+    if unknown:
+        raise ConfigurationError(
+            f"{where}.{unknown[0]}: there is no such objective. {nearest(unknown[0], OBJECTIVES)}"
+        )
+    return {name: bind(OBJECTIVES[name], options or {}, where=f"{where}.{name}") for name, options in values.items()}
+
+
+@dataclass(kw_only=True)
+class TrainingRecipe(Recipe):
+    """One model trained on one data set: what all methods share.
+
+    Args:
+        model: The pretrained model and the task it is to learn.
+        data: The texts to learn it from.
+        training: Options of ``transformers.TrainingArguments``; ``output_dir`` is the run folder.
+    """
+
+    model: ModelSpec
+    data: TextData
+    training: Annotated[dict[str, Any], Checked(_training_options)]
+
+    def build(self) -> TransferTrainer:
+        """The trainer, ready for ``train()``: the data are read and checked first, the model is loaded last.
+
+        Raises:
+            ConfigurationError: Something cannot work.
+        """
+        trainer, _, _ = self._build(self._arguments())
+        return trainer
+
+    def run(self, *, overwrite: bool = False, resume: bool = False, test: bool = True) -> RunResult:
+        """Train, score on validation and test data, and write the run folder; see :meth:`Recipe.run`.
+
+        Args:
+            overwrite: Delete an earlier run in the folder.
+            resume: Continue an earlier run from its last complete checkpoint; a finished one is read.
+            test: Score on the test split, if there is one; not where the run is one of several to choose from.
+        """
+        arguments = self._arguments()
+        folder = RunFolder(Path(self.training["output_dir"]))
+        writes = is_main_process()
+        if writes:
+            folder.check(self.values(), overwrite=overwrite, resume=resume)
+        if resume and folder.is_finished:
+            return RunResult(folder.path, folder.read("metrics.json"))
+        trainer, data, scored = self._build(arguments)
+        plan, trainable = _plan(trainer)
+        if writes:
+            facts = {"seed": arguments.seed, "processes": arguments.world_size, "versions": versions()}
+            folder.claim(self.values(), overwrite=overwrite, resume=resume, **facts)
+            folder.write("plan.txt", plan + "\n")
+            processes = f"{arguments.world_size} {'process' if arguments.world_size == 1 else 'processes'}"
+            print(f"{self.name}: {processes} on {arguments.device.type}, {trainable:,} parameters train")
+            print("\n".join(data.report()))
+            if trainer.unfreeze is None and trainer.rates.uniform:  # otherwise the trainer prints it
+                print(plan)
+        trainer.accelerator.wait_for_everyone()
+        checkpoint = folder.last_checkpoint() if resume else None
+        started = time.perf_counter()
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        seconds = time.perf_counter() - started
+        splits = {"validation": data.validation, "test": data.test if test else None}
+        metrics: dict[str, Any] = {
+            name: _scores(trainer, rows, name) for name, rows in splits.items() if rows is not None
+        }
+        metrics |= {
+            "metric": {"name": scored.best, "greater_is_better": scored.greater_is_better},
+            "trainable_parameters": trainable,
+            "seconds": round(seconds, 3),
+        }
+        trainer.save_model()
+        if writes:
+            folder.write("metrics.json", metrics)
+            folder.write("log_history.json", trainer.state.log_history)
+            folder.finish()
+            for split in [name for name in splits if name in metrics]:
+                print(f"{split}: " + ", ".join(f"{name} {score:.4g}" for name, score in metrics[split].items()))
+            print(f"written to {folder.path}")
+        trainer.accelerator.wait_for_everyone()
+        return RunResult(folder.path, metrics)
+
+    @abstractmethod
+    def _trainer(self, model: PreTrainedModel, arguments: TrainingArguments, **options: Any) -> TransferTrainer:
+        """The method's trainer for the loaded model; ``options`` are data and metrics, as ``Trainer`` takes them."""
+
+    def _arguments(self) -> TrainingArguments:
+        from transformers import TrainingArguments
+
+        try:
+            return TrainingArguments(**self.training)
+        except (ValueError, ImportError) as error:
+            raise ConfigurationError(f"training: {' '.join(str(error).split())}") from error
+
+    def _build(self, arguments: TrainingArguments) -> tuple[TransferTrainer, PreparedData, Metrics]:
+        task = find_task(self.model.task)
+        tokenizer = load_tokenizer(self.model)
+        with arguments.main_process_first(desc="preparing the data"):
+            data = self.data.prepare(self.data.load(task=task.name), tokenizer, task=task.name)
+        metrics = task.metrics(data.problem_type, data.label_names)
+        self._settle_evaluation(arguments, data, metrics)
+        model = load_model(
+            self.model,
+            tokenizer=tokenizer,
+            label_names=data.label_names,
+            problem_type=data.problem_type,
+            seed=arguments.seed,
+        )
+        trainer = self._trainer(
+            model,
+            arguments,
+            train_dataset=data.train,
+            eval_dataset=data.validation,
+            processing_class=tokenizer,
+            data_collator=data.collator,
+            compute_metrics=metrics.compute,
+            preprocess_logits_for_metrics=task.preprocess_logits_for_metrics,
+        )
+        return trainer, data, metrics
+
+    def _settle_evaluation(self, arguments: TrainingArguments, data: PreparedData, metrics: Metrics) -> None:
+        """Choose the best checkpoint by the task's own metric, unless another is named; refuse what has no data."""
+        if data.validation is None and arguments.eval_strategy != "no":
+            raise ConfigurationError(
+                f"training.eval_strategy = '{self.training['eval_strategy']}': data.validation = 0 leaves nothing to "
+                "evaluate on."
+            )
+        if arguments.load_best_model_at_end and "metric_for_best_model" not in self.training:
+            arguments.metric_for_best_model = metrics.best
+            arguments.greater_is_better = metrics.greater_is_better
+
+
+@dataclass(kw_only=True)
+class FineTuneRecipe(TrainingRecipe):
+    """Train the whole model, or an adapter on it; rates may follow depth, and layers may open one after another.
+
+    From scratch is this recipe with ``model.pretrained: false``.
+
+    Args:
+        adapter: A PEFT method and its options, such as ``{method: lora, r: 8, target_modules: all-linear}``; the
+            task's new head is trained and saved with it. ``hf-transfer describe adapter.lora`` lists what LoRA takes.
+        unfreeze: When each level opens: by epochs or by share of the run, or the highest ``blocks`` only.
+        layer_decay: The rate of each level is this factor of the level's above it.
+        bands: Absolute rates for head, upper and lower blocks.
+        base_ratio: The base learns at this ratio of the head's rate; 0.01 to 0.1 is usual.
+        learning_rate_schedule: Factor of every rate over the run, instead of ``training.lr_scheduler_type``.
+        objectives: Further terms of the loss by name, each with its options.
+        task_weight: Factor of the task's own loss.
+        frozen_prefix_cache: A folder. Closed levels are computed once, and every epoch starts from what they gave.
+        frozen_prefix_dtype: What is stored there; float32 trains as without the cache, for twice the disk.
+    """
+
+    name: ClassVar[str] = "fine_tune"
+
+    adapter: Annotated[dict[str, Any], Checked(_adapter_options)] | None = None
+    unfreeze: GradualUnfreeze | TopLevels | None = None
+    layer_decay: float | None = None
+    bands: LearningRateBands | None = None
+    base_ratio: float | None = None
+    learning_rate_schedule: Schedule | None = None
+    objectives: Annotated[dict[str, Any], Checked(_objective_options)] = field(default_factory=dict)
+    task_weight: float = 1.0
+    frozen_prefix_cache: str | None = None
+    frozen_prefix_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        DepthRates(layer_decay=self.layer_decay, bands=self.bands, base_ratio=self.base_ratio)
+        if self.adapter is not None:
+            _adapter_config(self.adapter, self.model.task)
+        elif self.model.quantization is not None:
+            raise ConfigurationError(
+                f"model.quantization = {self.model.quantization!r}: quantised weights cannot be trained. "
+                "Add an adapter, or take recipe: lora."
+            )
+        if self.frozen_prefix_cache is not None and self.unfreeze is None:
+            raise ConfigurationError("frozen_prefix_cache: nothing is frozen without 'unfreeze'.")
+        fixed = _fixed_by_launch(self.training)
+        if self.unfreeze is not None and fixed:
+            raise ConfigurationError(
+                f"unfreeze: {fixed} fixes its flat parameters at the start, so layers cannot open later. "
+                "Use DDP or FSDP version 2, or train without a schedule."
+            )
+
+    def _trainer(self, model: PreTrainedModel, arguments: TrainingArguments, **options: Any) -> TransferTrainer:
+        from hf_transfer.objectives import OBJECTIVES
+        from hf_transfer.training.trainer import TransferTrainer
+
+        adapter = self.adapter
+        return TransferTrainer(
+            model if adapter is None else _add_adapter(model, adapter, self.model, seed=arguments.seed),
+            arguments,
+            objectives=[OBJECTIVES[name](**terms) for name, terms in self.objectives.items()],
+            task_weight=self.task_weight,
+            unfreeze=self.unfreeze,
+            layer_decay=self.layer_decay,
+            bands=self.bands,
+            base_ratio=self.base_ratio,
+            learning_rate_schedule=self.learning_rate_schedule,
+            frozen_prefix_cache=self.frozen_prefix_cache,
+            frozen_prefix_dtype=self.frozen_prefix_dtype,
+            **options,
+        )
+
+
+@dataclass(kw_only=True)
+class GradualUnfreezeRecipe(FineTuneRecipe):
+    """Fine-tuning that opens the model from the top, by default one level more each epoch (ULMFiT).
+
+    Args:
+        unfreeze: When each level opens: by epochs or by share of the run.
+    """
+
+    name: ClassVar[str] = "gradual_unfreeze"
+
+    unfreeze: GradualUnfreeze | TopLevels | None = field(default_factory=GradualUnfreeze)
+
+
+def _lora_on_all_layers() -> dict[str, Any]:
+    return {"method": "lora", "target_modules": "all-linear"}
+
+
+@dataclass(kw_only=True)
+class LoraRecipe(FineTuneRecipe):
+    """Low-rank adapters on a frozen base (Hu et al. 2021), trained and saved with the task's head.
+
+    Args:
+        adapter: Options of PEFT's ``LoraConfig``; by default every linear layer of the base is adapted, because PEFT's
+            own choice misses many architectures and the attention alone learns less (Dettmers et al. 2023, QLoRA).
+    """
+
+    name: ClassVar[str] = "lora"
+
+    adapter: Annotated[dict[str, Any], Checked(_adapter_options)] | None = field(default_factory=_lora_on_all_layers)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.adapter, Mapping):
+            self.adapter = {**_lora_on_all_layers(), **self.adapter}
+        super().__post_init__()
+
+
+def _adapter_config(options: Mapping[str, Any], task: str) -> PeftConfig:
+    keywords = {"task_type": PEFT_TASK_TYPES[task], **options}
+    cls = adapter_class(keywords.pop("method"))
+    try:
+        return cls(**keywords)
+    except (ValueError, TypeError, ImportError) as error:
+        raise ConfigurationError(f"adapter: {error}") from error
+
+
+def _add_adapter(model: PreTrainedModel, options: Mapping[str, Any], spec: ModelSpec, *, seed: int) -> PeftModel:
+    """``model`` inside PEFT: base frozen, adapter and new head trained and saved."""
+    from peft import get_peft_model, prepare_model_for_kbit_training
+    from transformers import set_seed
+
+    config = _adapter_config(options, spec.task)
+    if find_task(spec.task).new_head and getattr(config, "modules_to_save", ...) is None:
+        setattr(config, "modules_to_save", head_names(model))  # noqa: B010 - not every method has it
+    if spec.quantization is not None:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    set_seed(seed)
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise ConfigurationError(f"adapter: {error}") from error
+
+
+def _fixed_by_launch(training: Mapping[str, Any]) -> str | None:
+    """The strategy, asked for by the recipe or by ``accelerate launch``, that cannot change what trains."""
+    environment = os.environ
+    if training.get("deepspeed") or environment.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        return "DeepSpeed"
+    if environment.get("ACCELERATE_USE_FSDP") == "true" and environment.get("FSDP_VERSION", "1") == "1":
+        return "FSDP version 1"
+    return None
+
+
+def _plan(trainer: TransferTrainer) -> tuple[str, int]:
+    """The table of what trains when, and how many parameters that is."""
+    from hf_transfer.training.unfreezing import format_plan
+
+    rows = trainer.plan()
+    return format_plan(rows), sum(row.parameters for row in rows if isfinite(row.opens_at_epoch))
+
+
+def _scores(trainer: TransferTrainer, rows: Dataset, split: str) -> dict[str, float]:
+    """The loss and the task's metrics on ``rows``."""
+    scores = trainer.evaluate(rows, metric_key_prefix=split)
+    costs = ("runtime", "samples_per_second", "steps_per_second")
+    named = {name.removeprefix(f"{split}_"): value for name, value in scores.items() if name.startswith(f"{split}_")}
+    return {name: value for name, value in named.items() if name not in costs}
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError:
+        there = [other.name for other in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+        raise ConfigurationError(
+            f"Recipe '{path}' is not a file that can be read. {nearest(path.name, there)}"
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"Recipe '{path}' is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ConfigurationError(f"Recipe '{path}' holds no mapping of sections, but {values!r}.")
+    return values
