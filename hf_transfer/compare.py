@@ -33,6 +33,7 @@ class CompareRecipe(Recipe):
         data: The same.
         training: The same; ``output_dir`` is the folder of the comparison.
         seeds: One run each.
+        keep_models: Save the model of every run in its folder, not only the figures.
     """
 
     name: ClassVar[str] = "compare"
@@ -42,6 +43,7 @@ class CompareRecipe(Recipe):
     data: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any]
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    keep_models: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -59,6 +61,10 @@ class CompareRecipe(Recipe):
     def run(self, *, overwrite: bool = False, resume: bool = False) -> RunResult:
         """Run what is not finished yet, print the table, write ``results.json`` and ``results.md``."""
         folder = RunFolder(Path(self.training["output_dir"]))
+        if is_main_process():
+            folder.check(self.values(), overwrite=overwrite, resume=resume)
+        for arm in self.arms:
+            self.recipe(arm, seed=self.seeds[0]).check()
         if is_main_process():
             folder.claim(self.values(), overwrite=overwrite, resume=resume, seeds=self.seeds, versions=versions())
         chosen = {arm: self._search(arm) for arm in self.arms}
@@ -85,7 +91,9 @@ class CompareRecipe(Recipe):
         for arm, overrides in self.arms.items():
             try:
                 for changes in _combinations(overrides):
-                    self._recipe(arm, self.seeds[0], changes, Path())
+                    recipe = self._recipe(arm, self.seeds[0], changes, Path())
+                    if changes and recipe.data.validation == 0:
+                        raise ConfigurationError("search needs validation data to choose on, but data.validation = 0.")
             except ConfigurationError as error:
                 for line in str(error).splitlines():
                     found.setdefault(line, []).append(arm)
@@ -121,7 +129,7 @@ class CompareRecipe(Recipe):
         recipe = self._recipe(arm, seed, changes, place)
         folder = Path(recipe.training["output_dir"])
         with _output_to(folder.with_name(f"{folder.name}.log")):
-            result = recipe.run(resume=True, test=not searching)
+            result = recipe.run(resume=True, test=not searching, save=self.keep_models and not searching)
         if is_main_process():
             metric, split = result.metrics["metric"]["name"], _scored_split(result.metrics)
             label = f"{arm}, seed {seed}{', ' + tried if searching else ''}"
@@ -239,11 +247,20 @@ def _arm_result(name: str, runs: Sequence[Mapping[str, Any]], chosen: dict[str, 
 
 
 def _combinations(overrides: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Every combination of an arm's ``search``; one empty combination without."""
-    search = overrides.get("search", {})
-    if not isinstance(search, Mapping) or not all(isinstance(values, list) and values for values in search.values()):
-        raise ConfigurationError(f"search = {search!r}: expected lists of values by dotted option.")
-    return [dict(zip(search, values, strict=True)) for values in itertools.product(*search.values())]
+    """Every combination of the values in an arm's ``search``; one empty combination without."""
+    choices = _by_path(overrides.get("search", {}), "search")
+    return [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
+
+
+def _by_path(search: Any, where: str) -> dict[str, list[Any]]:
+    """The lists of values by dotted option, whether options are dotted or nested."""
+    if isinstance(search, list) and search:
+        return {where.removeprefix("search."): search}
+    if not isinstance(search, Mapping):
+        raise ConfigurationError(f"{where} = {search!r}: expected a list of values for each option to search.")
+    return {
+        path: values for name, inner in search.items() for path, values in _by_path(inner, f"{where}.{name}").items()
+    }
 
 
 def _scored_split(metrics: Mapping[str, Any]) -> str:

@@ -1,7 +1,8 @@
-"""A model as a line of blocks that can be cut at a depth: what crosses the cut, and forward passes that start there."""
+"""A model as a line of blocks that can be cut: what crosses the cut, and forward passes that start there."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -54,15 +55,23 @@ class CutModel:
     """A transformers model, bare, with a head or inside a PEFT model, as embeddings, blocks, base and head.
 
     Raises:
-        ConfigurationError: There is no single line of blocks.
+        ConfigurationError: There is no single line of blocks, or virtual tokens are put before every input.
     """
 
     def __init__(self, model: nn.Module) -> None:
+        if any(adapter.is_prompt_learning for adapter in getattr(model, "peft_config", {}).values()):
+            raise ConfigurationError("Virtual tokens (prompt or prefix tuning) reach past any cut of the model.")
         self.model = model
         self.blocks = [model.get_submodule(name) for name in block_names(model)]
         self.embeddings = [model.get_submodule(name) for name in embedding_names(model)]
         self.core = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
-        self.base = self.core.base_model
+        self.base: Any = self.core.base_model
+        generates = "use_cache" in inspect.signature(self.base.forward).parameters
+        self._options = {"use_cache": False} if generates else {}
+
+    def outputs(self, batch: Batch) -> ModelOutput:
+        """The base's output, without the keys and values that only generation reads."""
+        return self.base(**batch, **self._options)
 
     def run(self, batch: Batch, taps: Sequence[Tap]) -> list[Activations]:
         """One forward pass of the base; returns what each tap keeps of it.
@@ -80,11 +89,11 @@ class CutModel:
                 if isinstance(tap.source, int):
                     hook = partial(note, tap.source)
                     stack.callback(self.blocks[tap.source].register_forward_pre_hook(hook, with_kwargs=True).remove)
-            crossing.update(self.base(**batch))
+            crossing.update(self.outputs(batch))
         return [tap.pack(crossing[tap.source], self._real_tokens_of(batch, crossing[tap.source])) for tap in taps]
 
     def real_tokens(self, batch: Batch, width: int) -> Tensor:
-        """(B, T), True where hidden states belong to a real token; a batch without a mask has ``width`` of them each."""
+        """(B, T), True where a hidden state is a real token's; without a mask, all ``width`` of an example are."""
         mask = batch.get("attention_mask")
         if mask is None:
             return torch.ones(len(next(iter(batch.values()))), width, dtype=torch.bool, device=self.core.device)
@@ -103,7 +112,7 @@ class CutModel:
         return real
 
     def head_tap(self, probe: Batch) -> Tap:
-        """What the head reads of the base's output: the least that gives the same logits when all else is not a number.
+        """What the head reads of the base's output: the least that leaves the logits alone when all else is NaN.
 
         Args:
             probe: A few examples of different lengths.
@@ -113,7 +122,7 @@ class CutModel:
         """
         if self.base is self.core:
             raise ConfigurationError(f"{type(self.core).__name__} has no head: choose another pooling or cut.")
-        outputs = self.base(**probe)
+        outputs = self.outputs(probe)
         expected = self.core(**probe)[0]
         for tap in _candidates(outputs):
             hidden = outputs[tap.source]
@@ -127,17 +136,17 @@ class CutModel:
             if torch.allclose(found[judged], expected[judged], rtol=1e-3):
                 return tap
         raise ConfigurationError(
-            f"The head of {type(self.core).__name__} reads more than one field of the base's output, or padding: it cannot "
-            "be run without the base."
+            f"The head of {type(self.core).__name__} reads more than one field of its base's output, or padding: it "
+            "cannot be run without the base."
         )
 
 
 class Replay:
     """Forward passes of a model that start at a cut, from hidden states that are given instead of computed.
 
-    Below the cut, embeddings and blocks return what crosses the cut at once, whatever they are asked; the block above it
-    takes that as its input, which is exact as long as blocks hand on hidden states and nothing else. At the top cut the
-    base itself is passed over. Every depth is tried out on ``probe`` first.
+    Below the cut, embeddings and blocks return what crosses the cut at once, whatever they are asked; the block above
+    takes that as its input, which is exact as long as blocks hand on hidden states and nothing else. At the top cut
+    the base itself is passed over. Every depth is tried out on ``probe`` first.
 
     Args:
         model: In evaluation mode while this is made.
@@ -151,8 +160,8 @@ class Replay:
     def __init__(self, model: CutModel, probe: Batch, depths: Sequence[int]) -> None:
         if model.core.config.is_encoder_decoder:
             raise ConfigurationError(
-                f"{type(model.core).__name__} is an encoder and a decoder, which reads the encoder in every block: it cannot "
-                "be cut between blocks."
+                f"{type(model.core).__name__} is an encoder and a decoder, and all its upper blocks read the encoder: "
+                "it cannot be cut."
             )
         self._model = model
         self._hidden: Tensor | None = None
@@ -164,7 +173,7 @@ class Replay:
             self._try_out(probe)
         if len(model.blocks) in depths:
             tap = self.taps[len(model.blocks)] = model.head_tap(probe)
-            self._answers[model.base] = partial(_outputs_with, tap.source, model.base(**probe))
+            self._answers[model.base] = partial(_outputs_with, tap.source, model.outputs(probe))
 
     def install(self, depth: int) -> None:
         """Put the cut above ``depth``; passes outside ``feed`` stay ordinary."""
@@ -220,12 +229,12 @@ class Replay:
             for module in returned:
                 hook = module.register_forward_hook(lambda module, _, output: returned[module].append(output))
                 stack.callback(hook.remove)
-            self._model.base(**probe)
+            self._model.outputs(probe)
         shapes = {_hidden_of(output).shape for block in blocks for output in returned[block]}
         if len(shapes) != 1 or any(len(returned[block]) != 1 for block in blocks):
             raise ConfigurationError(
-                f"{type(self._model.core).__name__} cannot be cut between its blocks: expected blocks that run once each "
-                f"and agree on the shape of hidden states. Found: {', '.join(str(tuple(shape)) for shape in shapes)}."
+                f"{type(self._model.core).__name__} cannot be cut between blocks: expected blocks that run once each, "
+                f"with hidden states of one shape. Found: {', '.join(str(tuple(shape)) for shape in shapes)}."
             )
         for block in blocks:
             output = returned[block][0]
@@ -236,19 +245,20 @@ class Replay:
 
     def _try_out(self, probe: Batch) -> None:
         """Replay ``probe`` at every cut between blocks and compare with an ordinary pass."""
-        expected = self._model.base(**probe)[0]
+        expected = self._model.outputs(probe)[0]
         real = self._model.real_tokens(probe, width=expected.shape[1])
+        tolerance = torch.finfo(expected.dtype).eps ** 0.5
         depths = list(self.taps)
         for depth, boundary in zip(depths, self._model.run(probe, list(self.taps.values())), strict=True):
             self.install(depth)
             with self.feed(boundary, torch.arange(len(boundary)), probe):
-                found = self._model.base(**probe)[0]
+                found = self._model.outputs(probe)[0]
             self.uninstall()
             error = (found - expected)[real].abs().max()
-            if not error <= 0.01 * expected[real].abs().max():
+            if not error <= tolerance * expected[real].abs().max():
                 raise ConfigurationError(
-                    f"{type(self._model.core).__name__} cannot be cut above depth {depth}: replayed from there, its output is "
-                    f"{float(error):.2g} off, because its blocks pass on more than hidden states."
+                    f"{type(self._model.core).__name__} cannot be cut above depth {depth}: replayed from there, its "
+                    f"output is {float(error):.2g} off. Its blocks pass on more than hidden states."
                 )
 
 
@@ -287,14 +297,14 @@ def _candidates(outputs: ModelOutput) -> list[Tap]:
     ]
 
 
-def _outputs_with(field: str, template: ModelOutput, hidden: Tensor) -> ModelOutput:
-    """The base's output with ``hidden`` as its ``field``; what the head does not read is not a number."""
+def _outputs_with(field: int | str, template: ModelOutput, hidden: Tensor) -> ModelOutput:
+    """The base's output with ``hidden`` as its ``field``; all else is NaN, so that to read it would show."""
     unread = {
         name: value.new_full((), torch.nan).expand(len(hidden), *value.shape[1:])
         for name, value in template.items()
         if isinstance(value, Tensor)
     }
-    return type(template)(**{**unread, field: hidden})
+    return type(template)(**{**unread, str(field): hidden})
 
 
 def _hidden_of(output: Any) -> Tensor:

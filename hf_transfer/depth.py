@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from typing import TypeGuard
 
 from torch import nn
@@ -190,24 +189,16 @@ def _stacks_of_blocks(base: nn.Module, *, staged: bool) -> set[nn.Module]:
     """The lists that hold the blocks: one, one in the encoder and one in the decoder, or one per stage."""
     children = dict(base.named_children())
     towers = [children["encoder"], children["decoder"]] if {"encoder", "decoder"} <= children.keys() else [base]
-    stacks = [_richest_list(tower) for tower in towers]
+    stacks = [_list_of_largest_items(tower) for tower in towers]
     return {_list_of_one_class(stage) for stack in stacks for stage in stack} if staged else set(stacks)
 
 
-def _richest_list(tower: nn.Module) -> nn.ModuleList:
-    """Of the outermost lists under ``tower``, the one with the largest items: blocks rather than convolutions."""
-    lists = [found for found in _outermost_lists(tower) if len(found)]
+def _list_of_largest_items(tower: nn.Module) -> nn.ModuleList:
+    """The blocks or stages under ``tower``: experts, convolutions and whatever else is in lists is made of less."""
+    lists = [module for module in tower.modules() if isinstance(module, nn.ModuleList) and len(module)]
     if not lists:
         raise ConfigurationError(f"{type(tower).__name__} has no list of blocks: it has no depths.")
-    return max(lists, key=lambda found: max(sum(1 for _ in item.modules()) for item in found))
-
-
-def _outermost_lists(module: nn.Module) -> Iterator[nn.ModuleList]:
-    for child in module.children():
-        if isinstance(child, nn.ModuleList):
-            yield child
-        else:
-            yield from _outermost_lists(child)
+    return max(lists, key=lambda items: max(sum(1 for _ in item.modules()) for item in items))
 
 
 def _list_of_one_class(stage: nn.Module) -> nn.Module:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class ConfigurationError(ValueError):
-    """A setting that cannot work: the message names it, what was found, what was expected and the nearest valid choice."""
+    """A setting that cannot work: its message names it, what was found and expected, the nearest valid choice."""
 
 
 def nearest(found: object, valid: Iterable[object]) -> str:

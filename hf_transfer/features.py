@@ -58,11 +58,12 @@ def extract_features(
 
     By default it is the vector that the model's head reads (BERT: the pooler's output; RoBERTa, DistilBERT, ViT: the
     first position; Llama: the last token), so that a head trained on the features is the model's own head, see
-    ``hf_transfer.heads.fit_head``. It is found by trial: what the head reads is the least that leaves the logits as they
-    are when everything else is not a number.
+    ``hf_transfer.heads.fit_head``. It is found by trial: what the head reads is the least that leaves the logits as
+    they are when everything else is NaN.
 
     The file is named after the base's weights and configuration, the content of the columns that the model reads, what
-    the collator makes of them, ``pooling`` and ``dtype``: what has changed is computed anew. The model is left as it was.
+    the collator makes of them, ``pooling`` and ``dtype``: what has changed is computed anew. The model is left as it
+    was.
 
     Args:
         model: A transformers model with a head, bare (``pooling="head"`` excepted), or inside a PEFT model.
@@ -92,8 +93,8 @@ def extract_features(
             tap = source.model.head_tap(source.probe) if pooling == "head" else Tap("last_hidden_state", pooling)
         if tap.positions == "tokens":
             raise ConfigurationError(
-                f"The head of {type(source.model.core).__name__} reads every token, which is no vector per example: choose "
-                "pooling='mean', 'first' or 'last', or train the head through PrefixCache."
+                f"The head of {type(source.model.core).__name__} reads every token, not one vector per example: set "
+                "pooling to 'mean', 'first' or 'last', or train the head through PrefixCache."
             )
         source.record({path: tap}, precision)
     features = Activations.open(path)
@@ -118,6 +119,7 @@ class PrefixCache:
     def __init__(self, replay: Replay, boundaries: Mapping[int, Activations]) -> None:
         self._replay = replay
         self._boundaries = boundaries
+        self._depth: int | None = None
 
     @classmethod
     def build(
@@ -154,7 +156,9 @@ class PrefixCache:
         source = _Source(model, dataset, data_collator, batch_size)
         for depth in cuts:
             if not 0 <= depth <= source.top:
-                raise ConfigurationError(f"cuts: found depth {depth}, expected 0 (embeddings) to {source.top} (all blocks).")
+                raise ConfigurationError(
+                    f"cuts: found depth {depth}, expected 0 (embeddings) to {source.top} (all blocks)."
+                )
         precision = source.precision(dtype)
         with evaluating(source.model.core):
             replay = Replay(source.model, source.probe, cuts)
@@ -176,7 +180,8 @@ class PrefixCache:
         self._replay.install(depth)
 
     def uninstall(self) -> None:
-        """Give the model its own forward methods back."""
+        """Give the model its own forward methods back: a replayed batch is computed from the bottom."""
+        self._depth = None
         self._replay.uninstall()
 
     @contextmanager
@@ -189,6 +194,9 @@ class PrefixCache:
         if EXAMPLE_INDEX not in batch:
             raise ConfigurationError(f"The batch has no column '{EXAMPLE_INDEX}'. Found: {', '.join(batch)}.")
         examples = batch.pop(EXAMPLE_INDEX).cpu()
+        if self._depth is None:
+            yield
+            return
         with self._replay.feed(self._boundaries[self._depth], examples, batch):
             yield
 
@@ -201,8 +209,8 @@ class _Source:
 
         if not isinstance(dataset, Dataset) or dataset.format["type"] == "custom":
             raise ConfigurationError(
-                f"dataset: found {type(dataset).__name__}, expected a datasets.Dataset without a transform set on the fly "
-                "(apply it with map): its content names the cache."
+                f"dataset: found {type(dataset).__name__}, expected a datasets.Dataset without a transform set on the "
+                "fly (apply that with map): the content names the cache."
             )
         self.model = CutModel(model)
         self.top = len(self.model.blocks)
@@ -218,11 +226,12 @@ class _Source:
         self._data_collator = data_collator
         self._order = _by_length(self._dataset, core.main_input_name)
         self._batch_size = batch_size
-        self.probe = self._batch(self._order[:: max(1, len(dataset) // _PROBE_SIZE)])
+        spread = self._order[torch.linspace(0, len(dataset) - 1, min(_PROBE_SIZE, len(dataset))).long()]
+        self.probe = self._batch(spread)
         seen = tensors_digest(self.probe)
-        if seen != tensors_digest(self._batch(self._order[:: max(1, len(dataset) // _PROBE_SIZE)])):
+        if seen != tensors_digest(self._batch(spread)):
             raise ConfigurationError(
-                "data_collator: it makes different batches of the same examples (random masking or augmentation), so that "
+                "data_collator: it makes different batches of the same examples (random masking or augmentation): "
                 "nothing can be kept from one epoch to the next."
             )
         self._origin = (
@@ -237,7 +246,7 @@ class _Source:
         self._weights = _digest_by_depth(model)
 
     def precision(self, dtype: Precision) -> torch.dtype:
-        """What to store: ``dtype``, or where that is left open the fastest that the device has natively."""
+        """What to store: ``dtype``, or bfloat16 where that is left open and the device has it natively."""
         choices = ("auto", "bfloat16", "float16", "float32")
         if dtype not in choices:
             raise ConfigurationError(f"dtype: unknown '{dtype}'. {nearest(dtype, choices)}")
@@ -254,21 +263,22 @@ class _Source:
         """Run the base once over the data and write what each tap keeps to its file."""
         core = self.model.core
         fast = precision == torch.bfloat16 and core.dtype == torch.float32 and _has_bfloat16(core.device)
+        examples = len(self._dataset)
         with ExitStack() as stack:
             writers = [
-                stack.enter_context(ActivationWriter(path, examples=len(self._dataset), dtype=precision)) for path in taps
+                stack.enter_context(ActivationWriter(path, examples=examples, dtype=precision)) for path in taps
             ]
             stack.enter_context(evaluating(core))
             stack.enter_context(torch.autocast(core.device.type, dtype=torch.bfloat16, enabled=fast))
-            for examples in tqdm(self._order.split(self._batch_size), desc="frozen part", unit="batch", disable=None):
-                kept = self.model.run(self._batch(examples), list(taps.values()))
+            for rows in tqdm(self._order.split(self._batch_size), desc="frozen part", unit="batch", disable=None):
+                kept = self.model.run(self._batch(rows), list(taps.values()))
                 for writer, activations in zip(writers, kept, strict=True):
-                    writer.append(examples, activations)
+                    writer.append(rows, activations)
 
-    def _batch(self, examples: Tensor) -> Batch:
-        columns = self._dataset[examples.tolist()]
-        rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-        batch = self._data_collator(rows)
+    def _batch(self, rows: Tensor) -> Batch:
+        columns = self._dataset[rows.tolist()]
+        examples = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        batch = self._data_collator(examples)
         return {name: batch[name].to(self.model.core.device) for name in batch if name in self._inputs}
 
 
@@ -294,6 +304,6 @@ def _digest_by_depth(model: nn.Module) -> dict[int, str]:
 def _has_bfloat16(device: torch.device) -> bool:
     """Whether ``device`` multiplies bfloat16 matrices in hardware."""
     if device.type == "cpu":
-        has = torch.cpu.get_capabilities()
-        return any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-    return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+        capabilities = torch.cpu.get_capabilities()
+        return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from statistics import mean
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,16 +27,16 @@ _FOLDS = 5
 def add_mean_pooling(model: PreTrainedModel) -> PreTrainedModel:
     """Make a BERT-like model's first position hold the mean of all tokens, which is what sentence encoders trained.
 
-    Sequence classifiers of these families read the first position alone; MiniLM was trained with mean pooling, and
-    logistic regression on 1,500 SST-2 phrases gives .80 on its mean, .74 on its first position. The mean is one more block
-    on top, so that the model stays an ordinary one that transformers loads by itself: queries and keys are zero
-    (attention is uniform over the tokens that are no padding), values are the identity, the output projection is 1000
-    times the identity (next to it the residual vanishes), the feed-forward half is zero. Its LayerNorm leaves the mean
-    centred and scaled to unit variance. Where the base has a pooler, it becomes tanh(0.1 x), almost linear.
+    Sequence classifiers of these families read the first position alone. MiniLM was trained with mean pooling: with
+    1,500 SST-2 phrases, logistic regression reaches .80 on its mean and .74 on its first position. The mean is one
+    block more on top, so that the model stays an ordinary one, which transformers loads by itself: queries and keys
+    are zero (attention is uniform over the tokens that are no padding), values are the identity, the output projection
+    is 1000 times the identity (next to it the residual vanishes), the feed-forward half is zero. Its LayerNorm leaves
+    the mean centred and scaled to unit variance. Where the base has a pooler, it becomes tanh(0.1 x), almost linear.
 
-    Measured on MiniLM against the layer-normalised mean: 0.2 % off in float32 and float16, 0.6 % in bfloat16 (a gain of
-    100 leaves 1.6 %, one of 10,000 overflows float16); 1.3 % after the pooler, with the same accuracies. In training,
-    zero queries and keys, and the zero feed-forward weights, have no gradient: the block goes on taking a mean.
+    Measured on MiniLM against the layer-normalised mean: 0.2 % off in float32 and float16, 0.6 % in bfloat16 (a gain
+    of 100 leaves 1.6 %, one of 10,000 may overflow float16); 1.3 % after the pooler, at the same accuracy. Queries,
+    keys and feed-forward weights of zero have no gradient: in training, the block goes on taking a mean.
 
     Args:
         model: A model of the BERT, CamemBERT, ELECTRA, RoBERTa or XLM-RoBERTa family, before any adapter is put on it.
@@ -48,12 +48,13 @@ def add_mean_pooling(model: PreTrainedModel) -> PreTrainedModel:
         ConfigurationError: Another family (MPNet, for one, adds a position bias to every score), or a decoder.
     """
     config = model.config
-    if config.model_type not in _BERT_LIKE or config.is_decoder:
-        found = f"a decoder ({config.model_type})" if config.is_decoder else f"'{config.model_type}'"
+    if config.model_type not in _BERT_LIKE:
         raise ConfigurationError(
-            f"add_mean_pooling: found {found}, expected an encoder. {nearest(config.model_type, _BERT_LIKE)}"
+            f"add_mean_pooling: found '{config.model_type}'. {nearest(config.model_type, _BERT_LIKE)}"
         )
-    base = model.base_model
+    if config.is_decoder:
+        raise ConfigurationError("add_mean_pooling: found a decoder, whose first position reads no other token.")
+    base: Any = model.base_model
     block = type(base.encoder.layer[-1])(config, layer_idx=len(base.encoder.layer))
     identity = torch.eye(config.hidden_size)
     with torch.no_grad():
@@ -83,13 +84,13 @@ def fit_head(
     features: Tensor,
     labels: Tensor | Sequence[float],
     *,
-    validation: tuple[Tensor, Tensor] | None = None,
+    validation: tuple[Tensor, Tensor | Sequence[float]] | None = None,
     strengths: Sequence[float] = (0.1, 1.0, 10.0, 100.0),
 ) -> HeadFit:
     """Fit a model's linear head to features from ``extract_features`` and write it into the model.
 
     It is the optimum by scikit-learn, not steps towards it: logistic regression, one for each label of a multi-label
-    problem, ridge regression for numbers. What remains is the ordinary model; its logits are the head's on the features.
+    problem, ridge regression for numbers. What remains is the ordinary model, whose logits are the head's on features.
 
     Args:
         model: A model whose head is one linear layer.
@@ -110,10 +111,10 @@ def fit_head(
     head = model.get_submodule(names[0]) if len(names) == 1 else None
     if not isinstance(head, nn.Linear):
         raise ConfigurationError(
-            f"fit_head: found a head of {', '.join(names) or 'no layers'} on {type(model).__name__}, expected one linear "
+            f"fit_head: {type(model).__name__} has a head of {', '.join(names) or 'no layers'}, expected one linear "
             "layer. Train another head by gradient, on PrefixCache."
         )
-    targets = torch.as_tensor(labels)
+    targets = torch.as_tensor(labels[:])
     problem = model.config.problem_type or _problem_of(targets, head.out_features)
     _check_labels(problem, targets, len(features), head.out_features)
     solve, loss = _PROBLEMS[problem]
@@ -124,7 +125,7 @@ def fit_head(
         folds = KFold(min(_FOLDS, len(inputs)), shuffle=True, random_state=0).split(inputs)
         trials = [(inputs[fit], targets[fit], inputs[rest], targets[rest]) for fit, rest in folds]
     else:
-        trials = [(inputs, targets, validation[0].float() / scale, torch.as_tensor(validation[1]))]
+        trials = [(inputs, targets, validation[0].float() / scale, torch.as_tensor(validation[1][:]))]
 
     def validation_loss(strength: float) -> float:
         return mean(float(loss(functional.linear(x, *solve(*fit, strength)), y)) for *fit, x, y in trials)
@@ -151,7 +152,8 @@ def _check_labels(problem: str, targets: Tensor, examples: int, outputs: int) ->
     if targets.shape != expected:
         raise ConfigurationError(f"labels: found shape {tuple(targets.shape)}, expected {expected} ({problem}).")
     classes = targets.unique().tolist()
-    if problem == "single_label_classification" and not (len(classes) > 1 and 0 <= classes[0] and classes[-1] < outputs):
+    known = set(classes) <= set(range(outputs)) and len(classes) > 1
+    if problem == "single_label_classification" and not known:
         raise ConfigurationError(f"labels: found the classes {classes}, expected two or more of 0 to {outputs - 1}.")
 
 

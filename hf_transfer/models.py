@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from hf_transfer.checkpoints import check_weight_files, local_folder, resolve
 from hf_transfer.errors import ConfigurationError, nearest
+from hf_transfer.heads import add_mean_pooling
 from hf_transfer.tasks import ProblemType, TaskName, find_task
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ class ModelSpec:
             halves the memory of a base that stays frozen. "auto" is the checkpoint's.
         quantization: 8bit, 4bit (nf4), or arguments of `transformers.BitsAndBytesConfig`. Never touches the head.
         attn_implementation: eager, sdpa, flash_attention_2, ...; by default what transformers finds best.
+        pooling: What a sequence classifier reads. By default what its class does, for the BERT family the first
+            position; the "mean" of all tokens suits sentence encoders, which were trained on it (`add_mean_pooling`).
         trust_remote_code: Run code from the model's own repository. Off: it may do anything.
     """
 
@@ -47,6 +50,7 @@ class ModelSpec:
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
     quantization: Literal["8bit", "4bit"] | dict[str, Any] | None = None
     attn_implementation: str | None = None
+    pooling: Literal["mean"] | None = None
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
@@ -55,6 +59,8 @@ class ModelSpec:
             raise ConfigurationError("model.name is empty: expected a Hub id or a folder.")
         if self.quantization is not None and not self.pretrained:
             raise ConfigurationError("model.quantization needs pretrained weights, but model.pretrained is false.")
+        if self.pooling is not None and (self.task != "sequence-classification" or self.quantization is not None):
+            raise ConfigurationError("model.pooling is for sequence-classification on a base that is not quantised.")
 
 
 def load_tokenizer(spec: ModelSpec, *, base_dir: str | Path = ".") -> PreTrainedTokenizerBase:
@@ -154,6 +160,8 @@ def load_model(
                 )
             _check_loaded(spec, model, loading)
 
+    if spec.pooling == "mean":
+        add_mean_pooling(model)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # On such a processor the first evaluation would repack 4-bit weights out of autograd's reach, for good.

@@ -28,7 +28,7 @@ from hf_transfer.training.rates import DepthRates, LearningRateBands
 if TYPE_CHECKING:
     from datasets import Dataset
     from peft import PeftConfig, PeftModel
-    from transformers import PreTrainedModel, TrainingArguments
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
     from hf_transfer.data.prepared import PreparedData
     from hf_transfer.training.trainer import TransferTrainer
@@ -212,13 +212,22 @@ class TrainingRecipe(Recipe):
         trainer, _, _ = self._build(self._arguments())
         return trainer
 
-    def run(self, *, overwrite: bool = False, resume: bool = False, test: bool = True) -> RunResult:
+    def check(self) -> None:
+        """Read and check the data for the model, without loading it.
+
+        Raises:
+            ConfigurationError: Something cannot work.
+        """
+        self._prepare(self._arguments())
+
+    def run(self, *, overwrite: bool = False, resume: bool = False, test: bool = True, save: bool = True) -> RunResult:
         """Train, score on validation and test data, and write the run folder; see :meth:`Recipe.run`.
 
         Args:
             overwrite: Delete an earlier run in the folder.
             resume: Continue an earlier run from its last complete checkpoint; a finished one is read.
             test: Score on the test split, if there is one; not where the run is one of several to choose from.
+            save: Keep the model, or the adapter.
         """
         arguments = self._arguments()
         folder = RunFolder(Path(self.training["output_dir"]))
@@ -230,8 +239,8 @@ class TrainingRecipe(Recipe):
         trainer, data, scored = self._build(arguments)
         plan, trainable = _plan(trainer)
         if writes:
-            facts = {"seed": arguments.seed, "processes": arguments.world_size, "versions": versions()}
-            folder.claim(self.values(), overwrite=overwrite, resume=resume, **facts)
+            facts = {"seed": arguments.seed, "processes": arguments.world_size, "labels": data.label_names}
+            folder.claim(self.values(), overwrite=overwrite, resume=resume, **facts, versions=versions())
             folder.write("plan.txt", plan + "\n")
             processes = f"{arguments.world_size} {'process' if arguments.world_size == 1 else 'processes'}"
             print(f"{self.name}: {processes} on {arguments.device.type}, {trainable:,} parameters train")
@@ -252,7 +261,8 @@ class TrainingRecipe(Recipe):
             "trainable_parameters": trainable,
             "seconds": round(seconds, 3),
         }
-        trainer.save_model()
+        if save:
+            trainer.save_model()
         if writes:
             folder.write("metrics.json", metrics)
             folder.write("log_history.json", trainer.state.log_history)
@@ -271,17 +281,21 @@ class TrainingRecipe(Recipe):
         from transformers import TrainingArguments
 
         try:
-            return TrainingArguments(**self.training)
+            return TrainingArguments(**{"log_level_replica": "error", **self.training})
         except (ValueError, ImportError) as error:
             raise ConfigurationError(f"training: {' '.join(str(error).split())}") from error
 
-    def _build(self, arguments: TrainingArguments) -> tuple[TransferTrainer, PreparedData, Metrics]:
+    def _prepare(self, arguments: TrainingArguments) -> tuple[PreTrainedTokenizerBase, PreparedData, Metrics]:
         task = find_task(self.model.task)
         tokenizer = load_tokenizer(self.model)
         with arguments.main_process_first(desc="preparing the data"):
             data = self.data.prepare(self.data.load(task=task.name), tokenizer, task=task.name)
         metrics = task.metrics(data.problem_type, data.label_names)
         self._settle_evaluation(arguments, data, metrics)
+        return tokenizer, data, metrics
+
+    def _build(self, arguments: TrainingArguments) -> tuple[TransferTrainer, PreparedData, Metrics]:
+        tokenizer, data, metrics = self._prepare(arguments)
         model = load_model(
             self.model,
             tokenizer=tokenizer,
@@ -297,7 +311,7 @@ class TrainingRecipe(Recipe):
             processing_class=tokenizer,
             data_collator=data.collator,
             compute_metrics=metrics.compute,
-            preprocess_logits_for_metrics=task.preprocess_logits_for_metrics,
+            preprocess_logits_for_metrics=find_task(self.model.task).preprocess_logits_for_metrics,
         )
         return trainer, data, metrics
 
@@ -311,6 +325,39 @@ class TrainingRecipe(Recipe):
         if arguments.load_best_model_at_end and "metric_for_best_model" not in self.training:
             arguments.metric_for_best_model = metrics.best
             arguments.greater_is_better = metrics.greater_is_better
+
+
+@dataclass(kw_only=True)
+class FeatureExtractionRecipe(TrainingRecipe):
+    """A new head on a frozen base, which runs over the data once: its features are cached, the head learns from them.
+
+    The cheapest method, hence the one to beat. A head of one linear layer is fitted to its optimum, regularised as
+    validation data choose; epochs and learning rate matter to other heads only. Sentence encoders want
+    ``model.pooling: mean``.
+
+    Args:
+        features_dir: Folder of the cache, which runs with the same base and data share; by default in the run folder.
+        features_dtype: What the base computes in; "auto" is bfloat16 where the device has it natively.
+    """
+
+    name: ClassVar[str] = "feature_extraction"
+
+    features_dir: str | None = None
+    features_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not find_task(self.model.task).new_head:
+            raise ConfigurationError(
+                f"model.task = '{self.model.task}' has no new head to train on features. Take another recipe."
+            )
+
+    def _trainer(self, model: PreTrainedModel, arguments: TrainingArguments, **options: Any) -> TransferTrainer:
+        from hf_transfer.training.named import FeatureExtractionTrainer
+
+        return FeatureExtractionTrainer(
+            model, arguments, features_dir=self.features_dir, features_dtype=self.features_dtype, **options
+        )
 
 
 @dataclass(kw_only=True)
@@ -344,13 +391,17 @@ class FineTuneRecipe(TrainingRecipe):
     objectives: Annotated[dict[str, Any], Checked(_objective_options)] = field(default_factory=dict)
     task_weight: float = 1.0
     frozen_prefix_cache: str | None = None
-    frozen_prefix_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    frozen_prefix_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "bfloat16"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         DepthRates(layer_decay=self.layer_decay, bands=self.bands, base_ratio=self.base_ratio)
         if self.adapter is not None:
             _adapter_config(self.adapter, self.model.task)
+            if self.model.pooling is not None:
+                raise ConfigurationError(
+                    f"model.pooling = '{self.model.pooling}' changes the base, which is not saved with an adapter."
+                )
         elif self.model.quantization is not None:
             raise ConfigurationError(
                 f"model.quantization = {self.model.quantization!r}: quantised weights cannot be trained. "

@@ -30,7 +30,7 @@ class RunFolder:
     """The folder of one run, beside the model that ``save_pretrained`` puts there.
 
     ========================  =============================================================================
-    ``run.json``              marks the folder as ours: recipe, seed, versions, processes, whether it finished
+    ``run.json``              marks the folder as ours: seed, processes, labels, versions, whether it finished
     ``recipe.yaml``           the resolved recipe; ``hf-transfer run`` takes it as it is
     ``plan.txt``              what trains when and at which rate
     ``metrics.json``          scores by split, trainable parameters, seconds

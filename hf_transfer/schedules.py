@@ -1,4 +1,4 @@
-"""What varies during a run, as pure functions of ``progress`` in [0, 1]: no counters, hence nothing to resume wrongly."""
+"""What varies during a run, as pure functions of ``progress`` in [0, 1]: no counters, so nothing to resume wrongly."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class UnfreezeSchedule(Protocol):
     """When each level of the model opens; level 0 is the highest one that holds trainable parameters (the head)."""
 
     def opens_at(self, level: int, levels: int, epochs: float) -> float:
-        """The progress from which ``level`` (0 = top, of ``levels``) trains in a run of ``epochs``; ``inf`` = never."""
+        """The progress at which ``level`` (0 = top, of ``levels``) opens in a run of ``epochs``; ``inf``: never."""
 
 
 def open_levels(schedule: UnfreezeSchedule, progress: float, levels: int, epochs: float) -> int:

@@ -4,10 +4,8 @@ import ast
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "hf_transfer"
-GROUND = {
-    "errors", "functional", "schedules", "depth", "heads", "activations", "cuts", "data", "tasks", "models", "schema", "report",
-    "environment",
-}  # fmt: skip
+GROUND = set("errors functional schedules depth heads activations cuts data tasks checkpoints models schema".split())
+GROUND |= {"report", "environment"}
 LAYERS = [GROUND, {"features", "objectives"}, {"training"}, {"recipe", "compare"}, {"cli"}, {"__main__"}]
 
 
@@ -23,7 +21,8 @@ def imported_parts(path: Path) -> set[str]:
             modules |= {f"{node.module}.{alias.name}" for alias in node.names if node.module == "hf_transfer"}
         elif isinstance(node, ast.Import):
             modules |= {alias.name for alias in node.names}
-    return {parts[1] for module in modules if (parts := module.split("."))[0] == "hf_transfer" and len(parts) > 1}
+    parts = {module.split(".")[1] for module in modules if module.startswith("hf_transfer.")}
+    return parts - {"__version__"}
 
 
 def test_imports_go_downwards():

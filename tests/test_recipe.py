@@ -133,6 +133,18 @@ REFUSED = {
     "rates": ({"bands": {}, "layer_decay": 0.9}, r"layer_decay and bands"),
     "rate": ({"base_ratio": 2}, r"base_ratio must be in"),
     "quantised": ({"model.quantization": "8bit"}, r"model.quantization = '8bit'.*Add an adapter"),
+    "adapter on pooling": (
+        {"model.pooling": "mean", "adapter": {}},
+        r"model.pooling = 'mean'.*not saved with an adapter",
+    ),
+    "adapter on features": (
+        {"recipe": "feature_extraction", "adapter": {}},
+        r"adapter = \{\}: there is no such option",
+    ),
+    "features of a language model": (
+        {"recipe": "feature_extraction", "model.task": "causal-lm"},
+        r"model.task = 'causal-lm' has no new head",
+    ),
     "cache": ({"frozen_prefix_cache": "x"}, r"frozen_prefix_cache.*without 'unfreeze'"),
     "deepspeed": ({"unfreeze": {}, "training.deepspeed": {"a": 1}}, r"unfreeze: DeepSpeed"),
     "adapter method": ({"adapter": {"method": "lorra"}}, r"adapter.method = 'lorra'.*Did you mean 'lora'"),
@@ -219,7 +231,7 @@ def test_from_scratch_starts_from_random_weights(values: dict[str, Any]) -> None
     name = "bert.encoder.layer.0.output.dense.weight"
     pretrained = Recipe.from_values(values).build().model.state_dict()[name]
     scratch = Recipe.from_values(merge(values, {"model.pretrained": False})).build().model.state_dict()[name]
-    stored = load_file(Path(values["model"]["name"], "model.safetensors"))[name]
+    stored = load_file(Path(values["model"]["name"], "model.safetensors"))[name.removeprefix("bert.")]
     torch.testing.assert_close(pretrained, stored)
     assert (scratch - stored).abs().max() > 1e-3
 
@@ -284,7 +296,7 @@ def test_a_run_leaves_a_model_that_transformers_loads_alone(
     assert [model.config.id2label[index] for index in predicted] == [row["label"] for row in rows]
 
     run = read(result.folder, "run.json")
-    assert (run["seed"], run["processes"], run["finished"]) == (42, 1, True)
+    assert (run["seed"], run["processes"], run["labels"], run["finished"]) == (42, 1, ["no", "yes"], True)
     assert run["versions"]["torch"] == torch.__version__
     assert any("train_loss" in entry for entry in read(result.folder, "log_history.json"))
     plan = (result.folder / "plan.txt").read_text()
@@ -317,6 +329,18 @@ def test_the_resolved_recipe_reruns_to_the_same_weights(values: dict[str, Any], 
         assert torch.equal(one[name], two[name]), name
 
 
+def test_feature_extraction_leaves_the_base_and_an_ordinary_model(values: dict[str, Any]) -> None:
+    recipe = {"recipe": "feature_extraction", "features_dtype": "float32"}
+    result = Recipe.from_values({**values, **recipe}).run()
+    assert result.metrics["trainable_parameters"] == 2 * 16 + 2
+    before = load_file(Path(values["model"]["name"], "model.safetensors"))
+    after = load_file(result.folder / "model.safetensors")
+    for name, value in before.items():
+        assert torch.equal(value, after[f"bert.{name}"]), name
+    AutoModelForSequenceClassification.from_pretrained(result.folder)
+    assert (result.folder / "plan.txt").read_text().count("classifier") == 1
+
+
 def test_gradual_unfreezing_counts_what_really_trains(values: dict[str, Any]) -> None:
     two_levels = {"recipe": "gradual_unfreeze", "training": {**values["training"], "num_train_epochs": 2}}
     result = Recipe.from_values({**values, **two_levels}).run()
@@ -324,11 +348,9 @@ def test_gradual_unfreezing_counts_what_really_trains(values: dict[str, Any]) ->
     opened = ("classifier.", "bert.pooler.", "bert.encoder.layer.2.")
     expected = sum(value.numel() for name, value in model.named_parameters() if name.startswith(opened))
     assert result.metrics["trainable_parameters"] == expected
-    before = load_file(Path(values["model"]["name"], "model.safetensors"))
-    after = load_file(result.folder / "model.safetensors")
-    assert torch.equal(
-        before["bert.encoder.layer.1.output.dense.weight"], after["bert.encoder.layer.1.output.dense.weight"]
-    )
+    closed = "encoder.layer.1.output.dense.weight"
+    before = load_file(Path(values["model"]["name"], "model.safetensors"))[closed]
+    assert torch.equal(before, load_file(result.folder / "model.safetensors")[f"bert.{closed}"])
 
 
 def test_an_interrupted_run_is_resumed_from_its_last_whole_checkpoint(values: dict[str, Any]) -> None:

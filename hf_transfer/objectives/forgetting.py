@@ -17,7 +17,7 @@ class L2SP(Objective):
     """Pull the pretrained weights towards where they started: ``1/2 * sum_j (w_j - w0_j)^2`` (Li et al. 2018, eq. 3).
 
     Weight decay pulls towards zero, hence away from what was learnt; this pulls back. Head parameters have no
-    pretrained value and are left out (the paper gives them plain weight decay, here ``TrainingArguments.weight_decay``).
+    pretrained value and are left out (the paper gives them plain decay, here ``TrainingArguments.weight_decay``).
     The starting point is kept as buffers: one copy of the trainable base, saved with the checkpoints.
 
     Args:

@@ -48,9 +48,9 @@ class GradualUnfreezeTrainer(TransferTrainer):
 class FeatureExtractionTrainer(TransferTrainer):
     """Frozen base, new head: the base runs once over the data, the head is trained on what it gave.
 
-    A head of one linear layer is fitted to its optimum by ``fit_head``, the regularisation chosen on ``eval_dataset``
-    (without one, by cross-validation); epochs and learning rate then play no part. Any other head (RoBERTa's two layers,
-    token classification), or a run with objectives, trains by gradient steps from the cached features. Either way what
+    A head of one linear layer is fitted to its optimum by ``fit_head``, its regularisation chosen on ``eval_dataset``
+    (without one, by cross-validation); epochs and learning rate then play no part. Any other head (RoBERTa's two
+    layers, token classification), or a run with objectives, trains by gradient steps from the cached features. Either way what
     is saved is the ordinary model. Use ``add_mean_pooling`` first for a sentence encoder of the BERT family: its first
     position was never trained to stand for the sentence.
 
@@ -73,11 +73,12 @@ class FeatureExtractionTrainer(TransferTrainer):
         **options: Any,
     ) -> None:
         args = args or TrainingArguments("tmp_trainer")
+        self.features_dir = Path(features_dir or Path(str(args.output_dir)) / "features")
         super().__init__(
             model,
             args,
             unfreeze=TopLevels(0),
-            frozen_prefix_cache=features_dir or Path(str(args.output_dir)) / "features",
+            frozen_prefix_cache=self.features_dir,
             frozen_prefix_dtype=features_dtype,
             **options,
         )
@@ -112,7 +113,7 @@ class FeatureExtractionTrainer(TransferTrainer):
             self.model,
             dataset,
             data_collator=self.data_collator,
-            cache_dir=self.frozen_prefix_cache,
+            cache_dir=self.features_dir,
             dtype=self.frozen_prefix_dtype,
             batch_size=self.args.per_device_eval_batch_size,
         )

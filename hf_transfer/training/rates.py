@@ -28,7 +28,7 @@ class LearningRateBands:
     def __post_init__(self) -> None:
         for name in ("head", "upper", "lower"):
             if getattr(self, name) <= 0:
-                raise ConfigurationError(f"bands.{name} must be a positive learning rate, found {getattr(self, name)}.")
+                raise ConfigurationError(f"bands.{name} must be a positive rate, found {getattr(self, name)}.")
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class DepthRates:
     """The learning rate at each depth: uniform unless exactly one of the options says otherwise.
 
     Args:
-        layer_decay: Rate at depth d is ``lr * layer_decay ** (top - d)`` (Howard & Ruder 2018 use 1 / 2.6; Clark et al.
-            2020 use 0.8 to 0.9 for encoders).
+        layer_decay: Rate at depth d is ``lr * layer_decay ** (top - d)`` (Howard & Ruder 2018 use 1 / 2.6; Clark et
+            al. 2020 use 0.8 to 0.9 for encoders).
         bands: Absolute rates for head, upper and lower blocks; ``TrainingArguments.learning_rate`` is then not read.
         base_ratio: The head learns at ``lr``, everything below at ``base_ratio * lr``; 0.01 to 0.1 is usual.
 

@@ -23,9 +23,9 @@ class Scaffold:
     """The objectives' parameters with an optimizer of their own, beside the Trainer's.
 
     A critic inside the model would ship with it and breaks DDP when it is called outside the model's forward; a critic
-    in the main optimizer is never averaged over ranks and is a ``KeyError`` under FSDP2. Here its gradients are averaged
-    over ranks once per optimizer step, clipped to ``max_grad_norm``, applied at the rate the model's schedule is at, and
-    zeroed. State is saved for resuming, in files that are not a model's and hence never reach the Hub.
+    in the main optimizer is never averaged over ranks and is a ``KeyError`` under FSDP2. Here its gradients are
+    averaged over ranks once per optimizer step, clipped to ``max_grad_norm``, applied at the rate that the model's
+    schedule is at, and zeroed. State is saved for resuming, in files that are not a model's and hence never ship.
 
     Args:
         objectives: The terms of the run, already prepared for the model.
@@ -99,7 +99,7 @@ class Scaffold:
         path = Path(folder) / STATE_NAME
         names = ", ".join(objective.name for objective in self.objectives)  # type: ignore[misc]
         if not path.is_file():
-            raise ConfigurationError(f"{folder} has no {STATE_NAME}: it was not saved by a run with objectives {names}.")
+            raise ConfigurationError(f"{folder} has no {STATE_NAME}: not saved by a run with objectives {names}.")
         state, expected = load_file(path), self.objectives.state_dict()
         if set(state) != set(expected):
             raise ConfigurationError(

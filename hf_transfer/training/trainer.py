@@ -16,7 +16,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_transfer.errors import ConfigurationError
-from hf_transfer.features import EXAMPLE_INDEX, PrefixCache, Precision
+from hf_transfer.features import EXAMPLE_INDEX, Precision, PrefixCache
 from hf_transfer.objectives.base import Objective
 from hf_transfer.schedules import Schedule, UnfreezeSchedule
 from hf_transfer.training.rates import DepthRates, LearningRateBands
@@ -63,6 +63,10 @@ class TransferTrainer(Trainer):
 
     loss_is_scaled_for_ga = True
 
+    model: Any  # the Trainer's annotations admit None, which they never are once it is made
+    optimizer: Any
+    train_dataset: Any
+
     def __init__(
         self,
         model: nn.Module | None = None,
@@ -103,7 +107,7 @@ class TransferTrainer(Trainer):
             self.train_dataset = self._indexed(self.train_dataset)
         self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs and self._loss_shifts_labels
         if self._by_depth:
-            self._levels = TrainableLevels(self.model)
+            self._levels = TrainableLevels(self.model, unfreeze)
         self.scaffold: Scaffold | None = None
         if self.objectives:
             for objective in self.objectives:
@@ -117,7 +121,7 @@ class TransferTrainer(Trainer):
     def plan(self) -> list[PlanRow]:
         """What trains when and at which rate: one row per depth, the head first."""
         levels = self._levels or TrainableLevels(self.model)
-        return levels.plan(self._rates(levels), self.unfreeze, self._epochs)
+        return levels.plan(self._rates(levels), self._epochs)
 
     def show_plan(self) -> None:
         """Print the plan as a table, once for all ranks."""
@@ -130,7 +134,7 @@ class TransferTrainer(Trainer):
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         model = super().call_model_init(trial)
-        self._levels = TrainableLevels(model) if self._by_depth else None
+        self._levels = TrainableLevels(model, self.unfreeze) if self._by_depth else None
         return model
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -168,7 +172,7 @@ class TransferTrainer(Trainer):
         model_inputs = {name: value for name, value in inputs.items() if name not in self._teaching_columns}
         if not model.training:
             return super().compute_loss(model, model_inputs, return_outputs, num_items_in_batch)
-        if self._levels is not None and self.unfreeze is not None:
+        if self._levels is not None:
             self._levels.eval_frozen()
         if any(objective.hidden_states for objective in self.objectives):
             model_inputs["output_hidden_states"] = True
@@ -236,11 +240,12 @@ class TransferTrainer(Trainer):
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
+            own: list[str] = self._signature_columns or []
             wanted = {column for objective in self.objectives for column in objective.columns}
             if self.frozen_prefix_cache is not None:
                 wanted.add(EXAMPLE_INDEX)
-            self._objective_columns = wanted - set(self._signature_columns)
-            self._signature_columns += sorted(self._objective_columns)
+            self._objective_columns = wanted - set(own)
+            own += sorted(self._objective_columns)
 
     def _rates(self, levels: TrainableLevels) -> dict[int, float]:
         return self.rates.at(levels.levels, head=levels.head, learning_rate=self.args.learning_rate)
@@ -263,18 +268,17 @@ class TransferTrainer(Trainer):
         return groups
 
     def _follow_schedule(self) -> None:
-        if self._levels is None or self.unfreeze is None:
+        if self._levels is None:
             return
-        changed = self._levels.apply(self.unfreeze, self._progress, self._epochs)
+        changed = self._levels.follow(self._progress, self._epochs)
         if changed and self._prefix is not None:
             self._start_above(self._levels.lowest_open - 1)
 
     def _cache_frozen_prefix(self) -> None:
         """Store what enters the lowest open block in this stage and every later one."""
         assert self._levels is not None
-        assert self.unfreeze is not None
-        stages = self._levels.reachable(self.unfreeze, self._epochs)
-        cuts = [lowest - 1 for lowest in stages if 0 < lowest <= self._levels.lowest_open]
+        assert self.frozen_prefix_cache is not None
+        cuts = [lowest - 1 for lowest in self._levels.stages(self._epochs) if lowest > 0]
         with self.args.main_process_first(local=False, desc="caching the frozen prefix"):
             self._prefix = PrefixCache.build(
                 self.model,
@@ -305,7 +309,7 @@ class TransferTrainer(Trainer):
             raise ConfigurationError("frozen_prefix_cache: nothing is frozen. Give 'unfreeze' as well.")
         if not isinstance(dataset, Dataset):
             raise ConfigurationError(
-                f"frozen_prefix_cache: expected the train_dataset to be a datasets.Dataset, found {type(dataset).__name__}."
+                f"frozen_prefix_cache: expected a datasets.Dataset to train on, found {type(dataset).__name__}."
             )
         readers = [objective.name for objective in self.objectives if objective.hidden_states]
         if readers:
@@ -386,7 +390,7 @@ class _TransferCallback(TrainerCallback):
         trainer = self.trainer
         if trainer._prefix is not None:
             trainer._start_above(-1)
-        if trainer._levels is not None and trainer.unfreeze is not None:
+        if trainer._levels is not None:
             trainer._levels.open_all()
 
 

@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, BertCon
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from hf_transfer import TransferTrainer
-from hf_transfer.models import resolve
+from hf_transfer.checkpoints import resolve
 
 BATCH, LENGTH = 32, 64
 
@@ -29,7 +29,8 @@ BATCH, LENGTH = 32, 64
 def trainer_of(kind: type[Trainer], config, steps: int, folder: str) -> Trainer:
     torch.manual_seed(0)
     tokens = torch.randint(5, 900, (steps * BATCH, LENGTH))
-    rows = Dataset.from_dict({"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens[:, 0] % 2})
+    columns = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens[:, 0] % 2}
+    rows = Dataset.from_dict(columns)
     arguments = TrainingArguments(
         folder,
         per_device_train_batch_size=BATCH,

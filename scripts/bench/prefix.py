@@ -1,4 +1,4 @@
-"""What the frozen prefix's cache saves: a training step as a share of full fine-tuning's, taken in turns in one process.
+"""What the frozen prefix's cache saves: a training step as a share of full fine-tuning's, in turns in one process.
 
     python scripts/bench/prefix.py [--model NAME] [--rounds 8]
 
@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, default
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from hf_transfer import PrefixCache, block_names, parameter_depths
-from hf_transfer.models import resolve
+from hf_transfer.checkpoints import resolve
 
 BATCH, LENGTH, BATCHES = 32, 64, 3
 GOALS = {(3, True): 0.46, (5, True): 0.17}
@@ -35,7 +35,9 @@ class Steps:
 
     def __init__(self, name: str, folder: str) -> None:
         torch.manual_seed(0)
-        self.model = AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(name), dtype=torch.float32)
+        self.model = AutoModelForSequenceClassification.from_config(
+            AutoConfig.from_pretrained(name), dtype=torch.float32
+        )
         self.depths = parameter_depths(self.model)
         self.blocks = len(block_names(self.model))
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=2e-5, fused=True)
@@ -79,7 +81,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        steps = Steps(str(resolve(options.model)), folder)
+        steps = Steps(resolve(options.model), folder)
         half, most = steps.blocks // 2, steps.blocks - 1
         variants = [(half, False), (half, True), (most, False), (most, True), (steps.blocks, True)]
         steps.seconds(-1, cached=False)

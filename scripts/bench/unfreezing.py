@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, Trainin
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from hf_transfer import GradualUnfreeze, TransferTrainer, block_names
-from hf_transfer.models import resolve
+from hf_transfer.checkpoints import resolve
 
 BATCH, LENGTH = 32, 64
 
@@ -32,7 +32,8 @@ def run(name: str, examples: int, arm: str) -> float:
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(name), dtype=torch.float32)
     tokens = torch.randint(5, 900, (examples, LENGTH))
-    rows = Dataset.from_dict({"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens[:, 0] % 2})
+    columns = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens[:, 0] % 2}
+    rows = Dataset.from_dict(columns)
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             folder,

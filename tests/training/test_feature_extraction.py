@@ -1,4 +1,4 @@
-"""Feature extraction: the base runs once and stays as it was, the head is the optimum, the model is an ordinary one."""
+"""Feature extraction: the base runs once and stays as it was, the head is the optimum, the model is ordinary."""
 
 from __future__ import annotations
 
