@@ -39,6 +39,8 @@ def resolve(name: str, *, revision: str | None = None, base_dir: str | Path = ".
     Raises:
         ConfigurationError: It is nowhere.
     """
+    from huggingface_hub import constants
+
     folder = local_folder(name, base_dir=base_dir)
     if folder.is_dir():
         return str(folder)
@@ -51,7 +53,7 @@ def resolve(name: str, *, revision: str | None = None, base_dir: str | Path = ".
     if cached is not None:
         logger.info("%s: taken from the local Hub cache.", name)
         return str(cached)
-    if _hub_answers():
+    if _answers(constants.ENDPOINT):
         logger.info("%s: taken from the Hub.", name)
         return name
     if name not in BUNDLED or revision is not None:
@@ -117,18 +119,12 @@ def _packaged_folder(name: str) -> str:
     return str(import_module(package).get_model_path())
 
 
-def _hub_answers() -> bool:
-    from huggingface_hub import constants
-
-    return not constants.is_offline_mode() and _answers(constants.ENDPOINT)
-
-
 @lru_cache
 def _answers(url: str) -> bool:
     from huggingface_hub.utils import get_session
 
     try:
         get_session().head(url, timeout=HUB_TIMEOUT)
-    except Exception:  # whatever the client raises, nobody answered
+    except Exception:  # whatever the client raises (in offline mode, at once), nobody answered
         return False
     return True

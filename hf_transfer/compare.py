@@ -50,7 +50,8 @@ class CompareRecipe(Recipe):
         if not self.training.get("output_dir"):
             raise ConfigurationError("training.output_dir is missing: expected the folder to compare in (--output).")
         for option, values in (("arms", list(self.arms)), ("seeds", self.seeds)):
-            if not values or len(set(map(_folder_name, values))) < len(values):
+            folders = set(map(_folder_name, values))
+            if not values or len(folders) < len(values) or "" in folders:
                 raise ConfigurationError(f"{option} = {values}: expected at least one, and all different.")
         self._check_arms()
 

@@ -276,6 +276,19 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def skipping_zero_layers(model: nn.Module) -> Iterator[None]:
+    """Linear layers of zeros answer without a product: the block of ``add_mean_pooling`` is mostly made of them.
+
+    So are LoRA's second factors before training.
+    """
+    with ExitStack() as stack:
+        for module in model.modules():
+            if type(module) is nn.Linear and not any(parameter.any() for parameter in module.parameters()):
+                stack.enter_context(_forward_as(module, partial(_zeros, module.out_features)))
+        yield
+
+
+@contextmanager
 def _forward_as(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     own = module.__dict__.get("forward")
     module.forward = forward  # type: ignore[method-assign]
@@ -313,6 +326,10 @@ def _hidden_of(output: Any) -> Tensor:
 
 def _ignoring_inputs(answer: ModelOutput, *_: Any, **__: Any) -> ModelOutput:
     return answer
+
+
+def _zeros(size: int, hidden: Tensor) -> Tensor:
+    return hidden.new_zeros(*hidden.shape[:-1], size)
 
 
 def _unchanged(hidden: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from transformers.utils import find_labels
 
 from hf_transfer.activations import Activations, ActivationWriter, columns_digest, fingerprint, tensors_digest
-from hf_transfer.cuts import Batch, CutModel, Replay, Tap, evaluating
+from hf_transfer.cuts import Batch, CutModel, Replay, Tap, evaluating, skipping_zero_layers
 from hf_transfer.depth import parameter_depths
 from hf_transfer.errors import ConfigurationError, nearest
 
@@ -147,7 +147,8 @@ class PrefixCache:
             cuts: Depths (0 embeddings, 1..n blocks) up to which the model is frozen in some stage. At n only the head
                 is open, and only what it reads is stored.
             dtype: What is stored. In bfloat16 the pass over the data runs in bfloat16 too where the device has it
-                natively; float32 reproduces the ordinary gradients to rounding.
+                natively, and gradients are 0.1 to 1.1 % off (MiniLM, from the lowest cut to the highest); float32 gives
+                the ordinary gradients.
             batch_size: Examples in a batch of the pass over the data.
 
         Raises:
@@ -269,6 +270,7 @@ class _Source:
                 stack.enter_context(ActivationWriter(path, examples=examples, dtype=precision)) for path in taps
             ]
             stack.enter_context(evaluating(core))
+            stack.enter_context(skipping_zero_layers(core))
             stack.enter_context(torch.autocast(core.device.type, dtype=torch.bfloat16, enabled=fast))
             for rows in tqdm(self._order.split(self._batch_size), desc="frozen part", unit="batch", disable=None):
                 kept = self.model.run(self._batch(rows), list(taps.values()))

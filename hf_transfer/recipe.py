@@ -80,7 +80,7 @@ def recipe_class(name: str) -> type[Recipe]:
     Raises:
         ConfigurationError: No recipe has that name.
     """
-    if name not in RECIPES:
+    if not isinstance(name, str) or name not in RECIPES:
         raise ConfigurationError(f"recipe = {name!r}: there is no such recipe. {nearest(name, RECIPES)}")
     return resolve_name(RECIPES[name])
 
@@ -94,7 +94,7 @@ def adapter_class(method: str, *, where: str = "adapter") -> type[PeftConfig]:
     from peft import PEFT_TYPE_TO_CONFIG_MAPPING
 
     classes = {kind.value.lower(): cls for kind, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
-    if method not in classes:
+    if not isinstance(method, str) or method not in classes:
         raise ConfigurationError(f"{where}.method = {method!r}: PEFT has no such method. {nearest(method, classes)}")
     return classes[method]
 
@@ -262,7 +262,7 @@ class TrainingRecipe(Recipe):
             "seconds": round(seconds, 3),
         }
         if save:
-            trainer.save_model()
+            self._save(trainer)
         if writes:
             folder.write("metrics.json", metrics)
             folder.write("log_history.json", trainer.state.log_history)
@@ -277,13 +277,16 @@ class TrainingRecipe(Recipe):
     def _trainer(self, model: PreTrainedModel, arguments: TrainingArguments, **options: Any) -> TransferTrainer:
         """The method's trainer for the loaded model; ``options`` are data and metrics, as ``Trainer`` takes them."""
 
+    def _save(self, trainer: TransferTrainer) -> None:
+        trainer.save_model()
+
     def _arguments(self) -> TrainingArguments:
         from transformers import TrainingArguments
 
         try:
             return TrainingArguments(**{"log_level_replica": "error", **self.training})
         except (ValueError, ImportError) as error:
-            raise ConfigurationError(f"training: {' '.join(str(error).split())}") from error
+            raise ConfigurationError(f"training: {_one_line(error)}") from error
 
     def _prepare(self, arguments: TrainingArguments) -> tuple[PreTrainedTokenizerBase, PreparedData, Metrics]:
         task = find_task(self.model.task)
@@ -369,6 +372,7 @@ class FineTuneRecipe(TrainingRecipe):
     Args:
         adapter: A PEFT method and its options, such as ``{method: lora, r: 8, target_modules: all-linear}``; the
             task's new head is trained and saved with it. ``hf-transfer describe adapter.lora`` lists what LoRA takes.
+        merge_adapter: Save the base with the adapter merged into it, an ordinary model, instead of the adapter.
         unfreeze: When each level opens: by epochs or by share of the run, or the highest ``blocks`` only.
         layer_decay: The rate of each level is this factor of the level's above it.
         bands: Absolute rates for head, upper and lower blocks.
@@ -383,6 +387,7 @@ class FineTuneRecipe(TrainingRecipe):
     name: ClassVar[str] = "fine_tune"
 
     adapter: Annotated[dict[str, Any], Checked(_adapter_options)] | None = None
+    merge_adapter: bool = False
     unfreeze: GradualUnfreeze | TopLevels | None = None
     layer_decay: float | None = None
     bands: LearningRateBands | None = None
@@ -397,18 +402,30 @@ class FineTuneRecipe(TrainingRecipe):
         super().__post_init__()
         DepthRates(layer_decay=self.layer_decay, bands=self.bands, base_ratio=self.base_ratio)
         if self.adapter is not None:
-            _adapter_config(self.adapter, self.model.task)
-            if self.model.pooling is not None:
+            config = _adapter_config(self.adapter, self.model.task)
+            if self.merge_adapter and config.is_prompt_learning:
+                raise ConfigurationError(f"merge_adapter: {self.adapter['method']} is no change of weights to merge.")
+            if self.model.pooling is not None and not self.merge_adapter:
                 raise ConfigurationError(
-                    f"model.pooling = '{self.model.pooling}' changes the base, which is not saved with an adapter."
+                    f"model.pooling = '{self.model.pooling}' changes the base, which is not saved with an adapter. "
+                    "Set merge_adapter: true."
                 )
         elif self.model.quantization is not None:
             raise ConfigurationError(
                 f"model.quantization = {self.model.quantization!r}: quantised weights cannot be trained. "
                 "Add an adapter, or take recipe: lora."
             )
+        elif self.merge_adapter:
+            raise ConfigurationError("merge_adapter: there is no adapter to merge.")
         if self.frozen_prefix_cache is not None and self.unfreeze is None:
             raise ConfigurationError("frozen_prefix_cache: nothing is frozen without 'unfreeze'.")
+        unread = [
+            name for name in ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps") if name in self.training
+        ]
+        if self.learning_rate_schedule is not None and unread:
+            raise ConfigurationError(
+                f"training.{unread[0]} and learning_rate_schedule each set the course of the rates: give one of them."
+            )
         fixed = _fixed_by_launch(self.training)
         if self.unfreeze is not None and fixed:
             raise ConfigurationError(
@@ -436,6 +453,11 @@ class FineTuneRecipe(TrainingRecipe):
             **options,
         )
 
+    def _save(self, trainer: TransferTrainer) -> None:
+        if self.merge_adapter:
+            trainer.model = trainer.model.merge_and_unload()
+        super()._save(trainer)
+
 
 @dataclass(kw_only=True)
 class GradualUnfreezeRecipe(FineTuneRecipe):
@@ -447,7 +469,7 @@ class GradualUnfreezeRecipe(FineTuneRecipe):
 
     name: ClassVar[str] = "gradual_unfreeze"
 
-    unfreeze: GradualUnfreeze | TopLevels | None = field(default_factory=GradualUnfreeze)
+    unfreeze: GradualUnfreeze | TopLevels = field(default_factory=GradualUnfreeze)
 
 
 def _lora_on_all_layers() -> dict[str, Any]:
@@ -465,7 +487,7 @@ class LoraRecipe(FineTuneRecipe):
 
     name: ClassVar[str] = "lora"
 
-    adapter: Annotated[dict[str, Any], Checked(_adapter_options)] | None = field(default_factory=_lora_on_all_layers)
+    adapter: Annotated[dict[str, Any], Checked(_adapter_options)] = field(default_factory=_lora_on_all_layers)
 
     def __post_init__(self) -> None:
         if isinstance(self.adapter, Mapping):
@@ -479,7 +501,7 @@ def _adapter_config(options: Mapping[str, Any], task: str) -> PeftConfig:
     try:
         return cls(**keywords)
     except (ValueError, TypeError, ImportError) as error:
-        raise ConfigurationError(f"adapter: {error}") from error
+        raise ConfigurationError(f"adapter: {_one_line(error)}") from error
 
 
 def _add_adapter(model: PreTrainedModel, options: Mapping[str, Any], spec: ModelSpec, *, seed: int) -> PeftModel:
@@ -496,7 +518,7 @@ def _add_adapter(model: PreTrainedModel, options: Mapping[str, Any], spec: Model
     try:
         return get_peft_model(model, config)
     except ValueError as error:
-        raise ConfigurationError(f"adapter: {error}") from error
+        raise ConfigurationError(f"adapter: {_one_line(error)}") from error
 
 
 def _fixed_by_launch(training: Mapping[str, Any]) -> str | None:
@@ -510,10 +532,13 @@ def _fixed_by_launch(training: Mapping[str, Any]) -> str | None:
 
 
 def _plan(trainer: TransferTrainer) -> tuple[str, int]:
-    """The table of what trains when, and how many parameters that is."""
+    """The table of what trains when, and how many parameters that is; also for a model whose depth cannot be told."""
     from hf_transfer.training.unfreezing import format_plan
 
-    rows = trainer.plan()
+    try:
+        rows = trainer.plan()
+    except ConfigurationError as error:
+        return str(error), sum(value.numel() for value in trainer.model.parameters() if value.requires_grad)
     return format_plan(rows), sum(row.parameters for row in rows if isfinite(row.opens_at_epoch))
 
 
@@ -525,6 +550,10 @@ def _scores(trainer: TransferTrainer, rows: Dataset, split: str) -> dict[str, fl
     return {name: value for name, value in named.items() if name not in costs}
 
 
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -534,7 +563,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
             f"Recipe '{path}' is not a file that can be read. {nearest(path.name, there)}"
         ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"Recipe '{path}' is not YAML: {' '.join(str(error).split())}") from None
+        raise ConfigurationError(f"Recipe '{path}' is not YAML: {_one_line(error)}") from None
     if not isinstance(values, dict):
         raise ConfigurationError(f"Recipe '{path}' holds no mapping of sections, but {values!r}.")
     return values

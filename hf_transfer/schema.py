@@ -121,10 +121,12 @@ def convert(annotation: Any, value: Any, *, where: str) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """The inverse of :func:`construct`: what ``yaml.safe_dump`` can write, without the options that are ``None``."""
+    """The inverse of :func:`construct`: what ``yaml.safe_dump`` can write, without the options left at ``None``."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        options = {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value) if field.init}
-        options = {name: option for name, option in options.items() if option is not None}
+        given = [(field, getattr(value, field.name)) for field in dataclasses.fields(value)]
+        options = {
+            field.name: plain(option) for field, option in given if option is not None or field.default is not None
+        }
         name = next((name for name, schedule in SCHEDULES.items() if type(value) is schedule), None)
         return options if name is None else {name: options}
     if isinstance(value, Mapping):

@@ -94,7 +94,7 @@ def train(case: str, folder: Path, *, batch: int, accumulate: int, examples: int
 
 
 def launch(folder: Path, *, ranks: int, cuts: list[tuple[int, int]]) -> None:
-    """Every case at every (batch, accumulate) of ``cuts`` under one torchrun. Fails unless it really had ``ranks`` ranks."""
+    """Every case at every (batch, accumulate) of ``cuts`` under one torchrun that really had ``ranks`` ranks."""
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--rdzv_backend=c10d"]
     command += ["--rdzv_endpoint=localhost:0", "-m", "tests.launched", str(folder), json.dumps(cuts)]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}

@@ -12,9 +12,10 @@ import transformers
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 
-from hf_transfer.cuts import CutModel, Replay, Tap, evaluating
+from hf_transfer.cuts import CutModel, Replay, Tap, evaluating, skipping_zero_layers
 from hf_transfer.depth import parameter_depths
 from hf_transfer.errors import ConfigurationError
+from hf_transfer.heads import add_mean_pooling
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft.*", "ignore::FutureWarning:transformers.*")
 
@@ -158,11 +159,21 @@ def test_what_the_head_reads(name):
 
 def test_what_a_head_of_zeros_reads():
     """Its logits do not follow what it reads, yet."""
-    model = FAMILIES["roberta"].make().eval()
+    model = FAMILIES["llama"].make().eval()
     with torch.no_grad():
-        model.classifier.out_proj.weight.zero_()
-        model.classifier.dense.weight.zero_()
-    assert CutModel(model).head_tap(inputs(batch_of("text"))) == FIRST
+        model.score.weight.zero_()
+    assert CutModel(model).head_tap(inputs(batch_of("text"))) == LAST
+
+
+def test_of_audio_the_real_frames_are_kept():
+    model, batch = FAMILIES["wav2vec2"].make().eval(), inputs(batch_of("speech"))
+    kept = CutModel(model).run(batch, [Tap(1)])[0]
+    assert kept.lengths.tolist() == model._get_feat_extract_output_lengths(batch["attention_mask"].sum(1)).tolist()
+    assert len(set(kept.lengths.tolist())) == 4
+
+
+def fresh_lora() -> nn.Module:
+    return get_peft_model(FAMILIES["bert"].make(), LoraConfig(task_type="SEQ_CLS", target_modules=["query"]))
 
 
 def test_lora():
@@ -283,6 +294,22 @@ def test_a_head_that_reads_two_fields_is_refused():
     model.bert.register_forward_hook(lambda _, args, output: seen.append(output))
     with pytest.raises(ConfigurationError, match="more than one field"), torch.no_grad():
         CutModel(model).head_tap(inputs(batch_of("text")))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("make", [lambda: add_mean_pooling(FAMILIES["bert"].make()), fresh_lora])
+def test_layers_of_zeros_are_skipped(make, autocast):
+    model, batch = make().eval(), inputs(batch_of("text"))
+    zero = [module for module in model.modules() if isinstance(module, nn.Linear) and not module.weight.any()]
+    zero = [module for module in zero if module.bias is None or not module.bias.any()]
+    assert len(zero) >= 3
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast), torch.no_grad():
+        expected = model(**batch).logits
+        with skipping_zero_layers(model):
+            calls = [vars(module).get("forward") for module in zero]
+            torch.testing.assert_close(model(**batch).logits, expected)
+    assert all(calls)
+    assert not any("forward" in vars(module) for module in model.modules())
 
 
 def test_evaluating_restores_every_module():

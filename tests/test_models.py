@@ -18,6 +18,7 @@ from hf_transfer.errors import ConfigurationError
 from hf_transfer.models import ModelSpec, load_model, load_tokenizer
 from hf_transfer.schema import construct
 from tests.folders import write_decoder, write_encoder
+from tests.tiny import tiny_bert
 
 BUNDLED = "sentence-transformers/all-MiniLM-L6-v2"
 LABELS = ["no", "perhaps", "yes"]
@@ -61,12 +62,15 @@ class TestLoading:
     def test_pretrained_below_and_new_in_the_head(self, models):
         model = load(models / "encoder")
         stored = load_file(models / "encoder" / "model.safetensors")
-        for name, parameter in model.named_parameters():
-            if not name.startswith("classifier."):
-                assert torch.equal(parameter, stored[name]), name
+        for name, parameter in model.base_model.named_parameters():
+            assert torch.equal(parameter, stored[name]), name
         assert model.classifier.weight.shape == (3, 16)
         assert model.config.id2label == {0: "no", 1: "perhaps", 2: "yes"}
         assert model.config.label2id["yes"] == 2
+
+    def test_a_head_for_other_labels_gives_way(self, tmp_path):
+        tiny_bert(num_labels=5).save_pretrained(tmp_path)
+        assert load(tmp_path).classifier.weight.shape == (3, 16)
 
     @pytest.mark.parametrize("pretrained", [True, False])
     def test_the_seed_decides_what_is_random_and_the_caller_keeps_his_state(self, models, pretrained):
@@ -81,8 +85,8 @@ class TestLoading:
         pretrained, random = load(models / "encoder"), load(models / "encoder", pretrained=False, seed=1)
         shapes = {name: parameter.shape for name, parameter in pretrained.named_parameters()}
         assert {name: parameter.shape for name, parameter in random.named_parameters()} == shapes
-        name = "bert.encoder.layer.0.attention.self.query.weight"
-        assert not torch.equal(pretrained.get_parameter(name), random.get_parameter(name))
+        query = "bert.encoder.layer.0.attention.self.query.weight"
+        assert not torch.equal(pretrained.get_parameter(query), random.get_parameter(query))
 
     @pytest.mark.parametrize(
         ("problem_type", "labels", "targets"),
@@ -94,6 +98,7 @@ class TestLoading:
     )
     def test_problem_types(self, models, problem_type, labels, targets):
         model = load_model(ModelSpec(str(models / "encoder")), label_names=labels, problem_type=problem_type)
+        assert model.config.problem_type == problem_type
         output = model(torch.tensor([[2, 5, 3], [2, 6, 3]]), labels=targets)
         assert output.logits.shape == (2, max(len(labels), 1))
         expected = {

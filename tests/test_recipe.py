@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -13,14 +14,22 @@ import torch
 import yaml
 from peft import AutoPeftModelForSequenceClassification
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, T5Config, T5ForConditionalGeneration
 
 from hf_transfer.errors import ConfigurationError
 from hf_transfer.recipe import FineTuneRecipe, GradualUnfreezeRecipe, LoraRecipe, Recipe
 from hf_transfer.report import RunFolder
 from hf_transfer.schedules import GradualUnfreeze, SlantedTriangular, TopLevels
 from hf_transfer.schema import merge
-from tests.folders import sentiment_rows, write_decoder, write_encoder, write_rows, write_sentiment
+from tests.folders import (
+    sentiment_rows,
+    write_decoder,
+    write_encoder,
+    write_rows,
+    write_sentiment,
+    write_tokenizer,
+)
+from tests.tiny import VOCABULARY
 
 
 @pytest.fixture(scope="session")
@@ -130,12 +139,25 @@ REFUSED = {
     "model": ({"model.name": "no/such/folder"}, r"model.name = 'no/such/folder'"),
     "file": ({"data.data_files": {"train": "nowhere.jsonl"}}, r"data.data_files.*nowhere.jsonl"),
     "column": ({"data.columns": {"text": "txt"}}, r"no column 'txt'.*Did you mean 'text'"),
+    "two schedules": (
+        {"learning_rate_schedule": "ramp", "training.warmup_steps": 3},
+        r"training.warmup_steps and learning_rate_schedule",
+    ),
+    "no adapter at all": ({"recipe": "lora", "adapter": None}, r"adapter = None"),
+    "no schedule at all": ({"recipe": "gradual_unfreeze", "unfreeze": None}, r"unfreeze = None"),
+    "recipe of another type": ({"recipe": ["lora"]}, r"recipe = \['lora'\]"),
+    "adapter method of another type": ({"adapter": {"method": 3}}, r"adapter.method = 3"),
     "rates": ({"bands": {}, "layer_decay": 0.9}, r"layer_decay and bands"),
     "rate": ({"base_ratio": 2}, r"base_ratio must be in"),
     "quantised": ({"model.quantization": "8bit"}, r"model.quantization = '8bit'.*Add an adapter"),
     "adapter on pooling": (
         {"model.pooling": "mean", "adapter": {}},
         r"model.pooling = 'mean'.*not saved with an adapter",
+    ),
+    "merging nothing": ({"merge_adapter": True}, r"merge_adapter: there is no adapter"),
+    "merging a prompt": (
+        {"merge_adapter": True, "adapter": {"method": "prompt_tuning", "num_virtual_tokens": 2}},
+        r"merge_adapter: prompt_tuning",
     ),
     "adapter on features": (
         {"recipe": "feature_extraction", "adapter": {}},
@@ -237,8 +259,10 @@ def test_from_scratch_starts_from_random_weights(values: dict[str, Any]) -> None
 
 
 def test_the_seed_decides_new_weights(values: dict[str, Any]) -> None:
+    before = itertools.count()
+
     def new_weights(seed: int, **options: Any) -> list[torch.Tensor]:
-        torch.manual_seed(seed + 17)  # what ran before must not matter
+        torch.manual_seed(next(before))  # what ran before must not matter
         model = Recipe.from_values(merge({**values, **options}, {"training.seed": seed})).build().model
         return [value for name, value in model.named_parameters() if "classifier" in name or "lora_A" in name]
 
@@ -265,6 +289,17 @@ def test_any_peft_method_trains_its_adapter_and_the_head(adapter: dict[str, Any]
     assert any("classifier" in name for name in training)
     assert any("classifier" not in name for name in training)
     assert not any(name.endswith("word_embeddings.weight") for name in training)
+
+
+def test_a_head_that_peft_does_not_know_by_name_is_trained_and_saved(values: dict[str, Any], tmp_path: Path) -> None:
+    config = T5Config(vocab_size=VOCABULARY, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+    T5ForConditionalGeneration(config).save_pretrained(tmp_path / "t5")
+    write_tokenizer(tmp_path / "t5")
+    model = Recipe.from_values(merge(values, {"recipe": "lora", "model.name": str(tmp_path / "t5")})).build().model
+    heads = {name: parameter for name, parameter in model.named_parameters() if "classification_head" in name}
+    trained = [name for name, parameter in heads.items() if parameter.requires_grad]
+    assert trained
+    assert all("modules_to_save" in name for name in trained)
 
 
 def test_best_checkpoints_are_chosen_by_the_tasks_own_metric(values: dict[str, Any]) -> None:
@@ -320,6 +355,17 @@ def test_an_adapter_run_is_loaded_by_plain_peft(values: dict[str, Any], material
     assert not (result.folder / "model.safetensors").exists()
 
 
+def test_a_merged_adapter_is_an_ordinary_model_that_predicts_the_same(values: dict[str, Any]) -> None:
+    """With mean pooling, which changes the base and hence could not be kept otherwise."""
+    recipe = {"recipe": "lora", "adapter": {"r": 4}, "merge_adapter": True, "model.pooling": "mean"}
+    result = Recipe.from_values(merge(values, recipe)).run()
+    model = AutoModelForSequenceClassification.from_pretrained(result.folder)
+    assert not any("lora" in name for name, _ in model.named_parameters())
+    again = Recipe.from_values(merge(values, {"model.name": str(result.folder), "training.learning_rate": 0.0}))
+    again.training["output_dir"] += "-again"
+    assert again.run().metrics["test"]["loss"] == pytest.approx(result.metrics["test"]["loss"], abs=1e-5)
+
+
 def test_the_resolved_recipe_reruns_to_the_same_weights(values: dict[str, Any], tmp_path: Path) -> None:
     first = Recipe.from_values({**values, "recipe": "gradual_unfreeze", "layer_decay": 0.9}).run()
     again = Recipe.load(first.folder / "recipe.yaml", [f"training.output_dir={tmp_path / 'again'}"]).run()
@@ -363,13 +409,25 @@ def test_an_interrupted_run_is_resumed_from_its_last_whole_checkpoint(values: di
     for name in ("model.safetensors", "metrics.json", "checkpoint-16/trainer_state.json"):
         (folder / name).unlink()
     assert run.last_checkpoint() == folder / "checkpoint-12"
+    shutil.rmtree(folder / "checkpoint-4")
 
     with pytest.raises(ConfigurationError, match="not empty"):
         recipe.run()
     recipe.run(resume=True)
+    assert not (folder / "checkpoint-4").exists(), "it began anew"
     after = load_file(folder / "model.safetensors")
     for name in straight:
         assert torch.equal(straight[name], after[name]), name
+
+
+def test_a_used_folder_is_refused_before_a_model_is_loaded(values: dict[str, Any], tmp_path: Path) -> None:
+    hollow = shutil.copytree(values["model"]["name"], tmp_path / "hollow")
+    (hollow / "model.safetensors").unlink()
+    used = tmp_path / "run"
+    used.mkdir()
+    (used / "notes.txt").touch()
+    with pytest.raises(ConfigurationError, match="not empty"):
+        Recipe.from_values(merge(values, {"model.name": str(hollow)})).run()
 
 
 def test_a_finished_run_is_read_and_not_repeated(values: dict[str, Any]) -> None:

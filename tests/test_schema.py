@@ -192,6 +192,16 @@ def test_plain_is_the_inverse_of_construct() -> None:
     assert yaml.safe_load(yaml.safe_dump(plain(construct(Cart, values)))) == values
 
 
+def test_plain_keeps_a_null_that_is_not_the_default() -> None:
+    @dataclass
+    class Lamp:
+        bulb: Wheel | None = field(default_factory=lambda: Wheel(1.0))
+        shade: int | None = 3
+        cord: int | None = None
+
+    assert plain(Lamp(bulb=None, shade=None)) == {"bulb": None, "shade": None}
+
+
 def test_merge_lays_mappings_over_mappings() -> None:
     assert merge({"a": {"b": 1, "c": 2}, "d": [1]}, {"a": {"b": 3}, "d": [2], "e.f": 4}) == {
         "a": {"b": 3, "c": 2},

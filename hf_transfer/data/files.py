@@ -44,8 +44,10 @@ def read_dataset(
             raise ConfigurationError(f"data.data_dir: '{folder}' is not a folder.")
         data_dir = data_dir and str(folder.absolute())
         data_files = data_files and _find_files(data_files, folder)
-        if path == "csv" and data_files and all(_suffix(file) == ".tsv" for file in _flatten(data_files)):
-            options["sep"] = "\t"
+        if path == "csv":
+            options |= {"keep_default_na": False, "na_values": ["", "nan", "NaN"]}  # "None" and "NA" are words
+            if data_files and all(_suffix(file) == ".tsv" for file in _flatten(data_files)):
+                options["sep"] = "\t"
     elif folder.is_dir():
         path = str(folder.absolute())
     elif _suffix(path) in SUFFIXES:

@@ -92,8 +92,8 @@ def read_labels(
 def read_tags(splits: Mapping[str, Dataset]) -> Labels:
     """The same for the column ``tags``, a list with one tag for each word.
 
-    Tags in BIO form get ``O`` first and then both prefixes for each type, because ``I-`` of a rare type may be missing
-    in ``train``.
+    Because ``I-`` of a rare type may be missing in ``train``, every tag that is declared is known, and where none are,
+    tags in BIO form get both prefixes for each type, after ``O``.
     """
     for split, rows in splits.items():
         _check_complete(rows["tags"][:], f"'tags' of '{split}'")
@@ -133,8 +133,8 @@ def _with_names(labels: Labels, splits: Mapping[str, Dataset], column: str) -> L
         raise ConfigurationError(
             f"data: '{column}' of 'train' is always {_listed(_named(known, declared))}: there is nothing to learn."
         )
-    if column == "tags" and not declared:
-        known = _completed_tags(known)
+    if column == "tags":
+        known = list(range(len(declared))) if declared else _completed_tags(known)
     for split, counts in found.items():
         if unknown := sorted(counts.keys() - set(known)):
             raise ConfigurationError(

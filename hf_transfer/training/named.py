@@ -50,9 +50,9 @@ class FeatureExtractionTrainer(TransferTrainer):
 
     A head of one linear layer is fitted to its optimum by ``fit_head``, its regularisation chosen on ``eval_dataset``
     (without one, by cross-validation); epochs and learning rate then play no part. Any other head (RoBERTa's two
-    layers, token classification), or a run with objectives, trains by gradient steps from the cached features. Either way what
-    is saved is the ordinary model. Use ``add_mean_pooling`` first for a sentence encoder of the BERT family: its first
-    position was never trained to stand for the sentence.
+    layers, token classification), or a run with objectives, trains by gradient steps from the cached features. Either
+    way what is saved is the ordinary model. Use ``add_mean_pooling`` first for a sentence encoder of the BERT family:
+    its first position was never trained to stand for the sentence.
 
     Args:
         model: A model with a new head. Its base is left as it is, and stays in evaluation mode.

@@ -3,9 +3,9 @@
     python scripts/bench/features.py --data FOLDER [--model NAME] [--examples 2000] [--trainer-epochs 1] [--rounds 3]
 
 FOLDER holds sst2/train_phrases.jsonl.gz and sst2/test.jsonl, jsonl with "text" and "label": the phrases and the test
-sentences of SST-2 (GLUE; Socher et al. 2013). Phrases of more than 8 words are trained on. All head kinds read the mean
-of all tokens. CPU seconds of the process at one thread; "ours, cold" tokenises as sentence-transformers does, the rest
-starts from tokens. Rounds alternate everything but the Trainer, which runs once; its time is scaled to 10 epochs.
+sentences of SST-2 (GLUE; Socher et al. 2013). Phrases of more than 8 words are trained on. Every head reads the mean
+of all tokens. CPU seconds of the process at one thread; sentence-transformers and "ours, cold" tokenise in that time,
+the others start from tokens. Rounds alternate everything but the Trainer, which runs once, scaled to 10 epochs.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
-"""Which way to fine-tune a small encoder on few labels: SST-2, TREC-6 and AG News at 100 and 500 labelled examples.
+"""Which way to fine-tune a small encoder on few labels: SST-2, TREC-6, AG News, 100 and 500 labelled examples.
 
-    python scripts/experiments/few_shot.py --data DATA [--out out/few_shot] [--sets trec sst2 ag_news] [--sizes 100 500]
+    python scripts/experiments/few_shot.py --data DATA [--out out/few_shot] [--sets trec sst2] [--sizes 100]
 
-DATA holds sst2/ (Socher et al. 2013; stanfordnlp/sst2 on the Hub), sentcls/trec_*.jsonl (Li & Roth 2002; CogComp/trec) and
-ag_news/ (Zhang et al. 2015; fancyzhx/ag_news). Every set is cut once into a pool to draw training examples from, 300
-validation and 500 test examples, without a text in two of them. Each arm gets the same number of
-epochs. Its learning rate is chosen once, on TREC's validation data at 100 labels with the first seed, and used
-everywhere. Three seeds: each draws other training examples, the same for all arms. Finished runs are read, not repeated.
+DATA holds sst2/ (Socher et al. 2013; stanfordnlp/sst2 on the Hub), sentcls/trec_*.jsonl (Li & Roth 2002;
+CogComp/trec) and ag_news/ (Zhang et al. 2015; fancyzhx/ag_news). Every set is cut once into a pool to draw training
+examples from, 300 validation and 500 test examples, with no text in two of them. All arms get the same number of
+epochs. An arm's learning rate is chosen once, on TREC's validation data at 100 labels with the first seed, and used
+everywhere. Three seeds: each draws other training examples, the same for all arms. Finished runs are read, not
+repeated.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 EPOCHS = {100: 10, 500: 3}
 VALIDATION, TEST = 300, 500
 RATES = [1e-4, 3e-4, 1e-3]
+LORA_RATES = [3e-4, 1e-3, 3e-3]
 
 ARMS: dict[str, dict[str, Any]] = {
     "from scratch": {"recipe": "fine_tune", "model": {"pretrained": False}},
@@ -108,7 +110,8 @@ def compare(folder: Path, files: dict[str, str], size: int, arms: dict[str, Any]
 
 def chosen_rates(out: Path, files: dict[str, str]) -> dict[str, float]:
     """The learning rate of every arm by TREC's validation data at 100 labels, first seed."""
-    arms = {arm: {**ARMS[arm], "search": {"training.learning_rate": RATES}} for arm in SEARCHED}
+    grids = {arm: LORA_RATES if arm.startswith("LoRA") else RATES for arm in SEARCHED}
+    arms = {arm: {**ARMS[arm], "search": {"training.learning_rate": grid}} for arm, grid in grids.items()}
     results = compare(out / "choice", files, 100, arms, [0])
     return {arm["name"]: arm["chosen"]["training.learning_rate"] for arm in results["arms"]}
 
@@ -117,7 +120,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("out/few_shot"))
-    parser.add_argument("--sets", nargs="+", default=["trec", "sst2", "ag_news"])
+    parser.add_argument("--sets", nargs="*", default=["trec", "sst2", "ag_news"])
     parser.add_argument("--sizes", nargs="+", type=int, default=[100, 500])
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()

@@ -33,7 +33,6 @@ DEFAULT_RATES = (3e-4, 1e-3, 3e-3)
 ARMS = {
     "from scratch": {},
     "full fine-tuning": {},
-    "+ layer decay 0.7": {"layer_decay": 0.7},
     "+ gradual unfreezing": {"unfreeze": lambda: GradualUnfreeze(until=0.5)},
     "+ L2-SP 0.1": {"objectives": lambda: [L2SP(weight=0.1)]},
     "+ L2-SP 1.0": {"objectives": lambda: [L2SP(weight=1.0)]},
@@ -154,8 +153,9 @@ def main() -> None:
         rate = min(rates, key=lambda rate: experiment.run(arm, rate, 0)["validation"])
         runs = [experiment.run(arm, rate, seed) for seed in range(options.seeds)]
         cells = [
-            f"{statistics.mean(run[key] for run in runs):.{digits}f} ± {statistics.pstdev(run[key] for run in runs):.{digits}f}"
+            f"{statistics.mean(values):.{digits}f} ± {statistics.pstdev(values):.{digits}f}"
             for key, digits in (("test_perplexity", 2), ("test", 3), ("source_perplexity", 2), ("source", 3))
+            if (values := [run[key] for run in runs])
         ]
         print(f"| {arm} | {rate:g} | {' | '.join(cells)} |", flush=True)
 

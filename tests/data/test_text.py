@@ -79,6 +79,17 @@ class TestReading:
         raw = TextData(path=path, data_files=name, validation=0).load(task=SEQUENCES, base_dir=tmp_path)
         assert raw["train"].to_list() == rows
 
+    def test_words_that_look_like_missing_values_are_words(self, tmp_path):
+        (tmp_path / "rows.csv").write_text("text,label\nNA,None\nnull,n/a\n")
+        raw = TextData(path="csv", data_files="rows.csv", validation=0).load(task=SEQUENCES, base_dir=tmp_path)
+        assert raw["train"].to_list() == [{"text": "NA", "label": "None"}, {"text": "null", "label": "n/a"}]
+
+    def test_an_empty_field_is_missing(self, tmp_path, tokenizer):
+        (tmp_path / "rows.csv").write_text("text,label\na,1\nb,\n")
+        data = TextData(path="csv", data_files="rows.csv", validation=0)
+        with pytest.raises(ConfigurationError, match="'label' of 'train' is missing in 1 of 2 rows"):
+            data.prepare(data.load(task=SEQUENCES, base_dir=tmp_path), tokenizer, task=SEQUENCES)
+
     def test_files_of_a_folder_by_pattern(self, tmp_path):
         (tmp_path / "parts").mkdir()
         for part in "ab":
@@ -251,11 +262,12 @@ class TestLabels:
         assert prepared.train["labels"][:] == encoded
 
     def test_class_labels_keep_their_order(self, tokenizer):
-        features = Features({"text": Value("string"), "label": ClassLabel(names=["positive", "negative"])})
-        raw = DatasetDict({"train": Dataset.from_list(rows_of([0, 1, 1]), features=features)})
+        features = Features({"text": Value("string"), "label": ClassLabel(names=["positive", "mixed", "negative"])})
+        raw = DatasetDict({"train": Dataset.from_list(rows_of([0, 2, 2]), features=features)})
         prepared = prepare(raw, tokenizer)
-        assert prepared.label_names == ["positive", "negative"]
-        assert prepared.train["labels"][:] == [0, 1, 1]
+        assert prepared.label_names == ["positive", "mixed", "negative"]
+        assert prepared.train["labels"][:] == [0, 2, 2]
+        assert prepared.notes == ["note: train has no example of 1 of 3 labels: 'mixed'"]
 
     @pytest.mark.parametrize(
         ("train", "test", "options", "message"),
@@ -399,11 +411,13 @@ class TestTags:
 
     def test_class_label_tags(self, pieces):
         features = Features(
-            {"tokens": datasets.List(Value("string")), "tags": datasets.List(ClassLabel(names=["O", "B-z"]))}
+            {"tokens": datasets.List(Value("string")), "tags": datasets.List(ClassLabel(names=["O", "B-z", "I-z"]))}
         )
         train = Dataset.from_list([{"tokens": ["the", "film"], "tags": [0, 1]}], features=features)
-        prepared = prepare({"train": train}, pieces, task=TOKENS)
-        assert prepared.label_names == ["O", "B-z"]
+        test = Dataset.from_list([{"tokens": ["the", "film"], "tags": [1, 2]}], features=features)
+        prepared = prepare({"train": train, "test": test}, pieces, task=TOKENS)
+        assert prepared.label_names == ["O", "B-z", "I-z"]
+        assert prepared.test[0]["labels"] == [-100, 1, 2, -100]
 
     @pytest.mark.parametrize(
         ("rows", "test", "message"),
@@ -447,6 +461,12 @@ class TestLanguage:
         assert plain("the film")["input_ids"] == tokenizer("the film", add_special_tokens=False)["input_ids"]
         ids = self.prepare(plain, ["the film", "a book"], block_size=6).train[0]["input_ids"]
         assert plain.convert_ids_to_tokens(ids) == ["the", "film", "[SEP]", "a", "book", "[SEP]"]
+
+    def test_a_document_with_nothing_to_predict_is_left_out(self, tmp_path):
+        plain = AutoTokenizer.from_pretrained(self.unmarked(tmp_path))
+        plain.eos_token = None
+        rows = self.prepare(plain, ["film", "the film"], packing=False).train["input_ids"][:]
+        assert [len(row) for row in rows] == [2]
 
     def unmarked(self, folder: Path) -> Path:
         write_tokenizer(folder)

@@ -1,0 +1,69 @@
+"""Every recipe that ships builds its trainer, with a tiny model and tiny data in place of the real ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from hf_transfer.compare import CompareRecipe
+from hf_transfer.recipe import RECIPES, Recipe, TrainingRecipe
+from hf_transfer.schema import merge
+from tests.folders import sentiment_rows, write_decoder, write_encoder, write_rows
+
+ROOT = Path(__file__).parent.parent
+PATHS = sorted((ROOT / "recipes").rglob("*.yaml"))
+
+
+def tiny(values: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The recipe on a tiny model and on local files that have the columns it names."""
+    is_language_model = values["model"].get("task") == "causal-lm"
+    model = write_decoder(folder / "model") if is_language_model else write_encoder(folder / "model")
+    columns = {"text": "text", "label": "label", **values["data"].get("columns", {})}
+    sizes = {"train": values["data"].get("train_size", 16), "validation": 8, "test": 8}
+    files = {}
+    for place, (split, size) in enumerate(sizes.items()):
+        rows = [{columns[role]: row[role] for role in row} for row in sentiment_rows(size, start=10_000 * place)]
+        files[split] = str(write_rows(folder / f"{split}.jsonl", rows))
+    lengths = {name: 32 for name in ("max_length", "block_size") if name in values["data"]}
+    return merge(
+        values,
+        {
+            "model": {"name": str(model)},
+            "data": {"path": "json", "name": None, "data_files": files, **lengths},
+            "training": {"output_dir": str(folder / "run"), "use_cpu": True},
+        },
+    )
+
+
+def test_there_is_one_for_every_kind_of_recipe() -> None:
+    assert {yaml.safe_load(path.read_text())["recipe"] for path in PATHS} == set(RECIPES)
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+def test_it_is_checked_as_it_stands(path: Path) -> None:
+    recipe = Recipe.load(path)
+    assert Recipe.from_values(recipe.values()) == recipe
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+def test_it_builds(path: Path, tmp_path: Path) -> None:
+    recipe = Recipe.from_values(tiny(yaml.safe_load(path.read_text()), tmp_path))
+    runs = [recipe]
+    if isinstance(recipe, CompareRecipe):
+        runs = [recipe.recipe(arm, seed=recipe.seeds[0]) for arm in recipe.arms]
+    for run in runs:
+        assert isinstance(run, TrainingRecipe)
+        assert run.build().plan()
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+def test_its_head_says_how_to_launch_it_and_every_override_there_works(path: Path, tmp_path: Path) -> None:
+    comment = [line.removeprefix("#") for line in path.read_text().splitlines() if line.startswith("#")]
+    commands = [line.partition("  #")[0].split() for line in comment if f"run recipes/{path.name}" in line]
+    assert commands
+    for words in commands:
+        overrides = [word for word in words if "=" in word and not word.startswith("'")]
+        Recipe.load(path, overrides)
