@@ -6,12 +6,12 @@ import hashlib
 import json
 import os
 import struct
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
+from uuid import uuid4
 
 import torch
 import xxhash
@@ -104,9 +104,7 @@ class ActivationWriter:
 
     def __enter__(self) -> ActivationWriter:
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = tempfile.NamedTemporaryFile(
-            dir=self._path.parent, prefix=f"{self._path.stem}-", suffix=".part", delete=False
-        )
+        self._file = open(self._path.with_suffix(f".{uuid4().hex}.part"), "wb")
         self._file.write(bytes(_HEADER_BYTES))
         return self
 

@@ -146,9 +146,9 @@ class PrefixCache:
             directory: Folder for the files: 2 D bytes per token and cut in bfloat16 (MiniLM, 64 tokens: 48 KiB).
             cuts: Depths (0 embeddings, 1..n blocks) up to which the model is frozen in some stage. At n only the head
                 is open, and only what it reads is stored.
-            dtype: What is stored. In bfloat16 the pass over the data runs in bfloat16 too where the device has it
-                natively, and gradients are 0.1 to 1.1 % off (MiniLM, from the lowest cut to the highest); float32 gives
-                the ordinary gradients.
+            dtype: What is stored. In bfloat16, the pass over the data runs in bfloat16 too where the device has it
+                natively, and gradients are 0.1 to 1.1 % off (MiniLM, lowest to highest cut). In float32, gradients
+                are the ordinary ones.
             batch_size: Examples in a batch of the pass over the data.
 
         Raises:
@@ -239,7 +239,7 @@ class _Source:
             transformers.__version__,
             type(core).__name__,
             {key: value for key, value in core.config.to_dict().items() if key not in _BESIDE_THE_BASE},
-            {name: adapter.to_dict() for name, adapter in getattr(model, "peft_config", {}).items()},
+            _adapters(model),
             columns_digest(self._dataset, columns),
             seen,
             tensors_digest(dict(model.named_buffers())),
@@ -282,6 +282,17 @@ class _Source:
         examples = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
         batch = self._data_collator(examples)
         return {name: batch[name].to(self.model.core.device) for name in batch if name in self._inputs}
+
+
+def _adapters(model: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What PEFT's weights do not tell: how each adapter is set up, and where which of them are switched on."""
+    settings = {name: adapter.to_dict() for name, adapter in getattr(model, "peft_config", {}).items()}
+    switched_on = {
+        name: module.active_adapters
+        for name, module in model.named_modules()
+        if getattr(module, "disable_adapters", None) is False
+    }
+    return settings, switched_on
 
 
 def _by_length(dataset: Dataset, column: str) -> Tensor:

@@ -193,6 +193,14 @@ def test_lora_is_part_of_the_base(tmp_path):
     features = [extract(model, tmp_path) for model in (bert(), adapted(8), adapted(16))]
     assert len(list(tmp_path.iterdir())) == 3
     model = adapted(16)
+    with model.disable_adapter():
+        assert torch.equal(extract(model, tmp_path), features[0])
+    assert len(list(tmp_path.iterdir())) == 4
+    model.add_adapter("other", model.peft_config["default"])
+    model.set_adapter("other")
+    extract(model, tmp_path)
+    model.set_adapter("default")
+    assert torch.equal(extract(model, tmp_path), features[2])
     classifier = model.base_model.model.classifier
     torch.testing.assert_close(classifier(features[2]), one_by_one(model, small_rows()), atol=1e-5, rtol=1e-5)
 

@@ -167,7 +167,7 @@ def test_regularisation_is_chosen_by_the_loss_on_validation_data():
     for strength in strengths:
         model = model_for(3)
         fit = fit_head(model, features, labels, validation=validation, strengths=[strength])
-        losses[strength] = float(functional.cross_entropy(model.classifier(held_out), validation[1]))
+        losses[strength] = functional.cross_entropy(model.classifier(held_out), validation[1]).item()
         assert fit.validation_loss == pytest.approx(losses[strength], abs=1e-4)
     best = min(losses, key=losses.get)
     assert best not in (strengths[0], strengths[-1])
