@@ -423,4 +423,3 @@ def _refuse_unsaved_weights(model: nn.Module) -> None:
             f"{len(lost)} base parameters require a gradient under a PEFT adapter (first: {lost[0]}): they would be "
             "trained and then not saved. Freeze them, or name their module in the adapter's modules_to_save."
         )
-

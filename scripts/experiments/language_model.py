@@ -122,9 +122,7 @@ class Experiment:
             ("source", self.source.train, self.source.summaries["train"]),
         ):
             perplexity = trainer.evaluate(rows)["eval_perplexity"]
-            scores[name] = bits_per_character(
-                perplexity, characters_per_token=summary.characters_per_token
-            )
+            scores[name] = bits_per_character(perplexity, characters_per_token=summary.characters_per_token)
             scores[f"{name}_perplexity"] = perplexity
         return scores
 
