@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from math import isfinite
 from pathlib import Path
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from hf_transfer.training.trainer import TransferTrainer
 
 AnyRecipe = TypeVar("AnyRecipe", bound="Recipe")
+Split = Literal["validation", "test"]
 
 RECIPES: dict[str, str] = {
     "feature_extraction": "hf_transfer.recipe:FeatureExtractionRecipe",
@@ -212,21 +213,30 @@ class TrainingRecipe(Recipe):
         trainer, _, _ = self._build(self._arguments())
         return trainer
 
-    def check(self) -> None:
+    def check(self) -> PreparedData:
         """Read and check the data for the model, without loading it.
 
         Raises:
             ConfigurationError: Something cannot work.
         """
-        self._prepare(self._arguments())
+        _, data, _ = self._prepare(self._arguments())
+        return data
 
-    def run(self, *, overwrite: bool = False, resume: bool = False, test: bool = True, save: bool = True) -> RunResult:
-        """Train, score on validation and test data, and write the run folder; see :meth:`Recipe.run`.
+    def run(
+        self,
+        *,
+        overwrite: bool = False,
+        resume: bool = False,
+        score: Sequence[Split] = ("validation", "test"),
+        save: bool = True,
+    ) -> RunResult:
+        """Train, score, and write the run folder; see :meth:`Recipe.run`.
 
         Args:
             overwrite: Delete an earlier run in the folder.
             resume: Continue an earlier run from its last complete checkpoint; a finished one is read.
-            test: Score on the test split, if there is one; not where the run is one of several to choose from.
+            score: The splits to score on in the end, where they are there; a run that is one of several to choose from
+                leaves the test split alone.
             save: Keep the model, or the adapter.
         """
         arguments = self._arguments()
@@ -252,11 +262,10 @@ class TrainingRecipe(Recipe):
         started = time.perf_counter()
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         seconds = time.perf_counter() - started
-        splits = {"validation": data.validation, "test": data.test if test else None}
-        metrics: dict[str, Any] = {
-            name: _scores(trainer, rows, name) for name, rows in splits.items() if rows is not None
-        }
-        metrics |= {
+        splits = {"validation": data.validation, "test": data.test}
+        scores = {name: _scores(trainer, rows, name) for name in score if (rows := splits[name]) is not None}
+        metrics = {
+            **scores,
             "metric": {"name": scored.best, "greater_is_better": scored.greater_is_better},
             "trainable_parameters": trainable,
             "seconds": round(seconds, 3),
@@ -267,8 +276,8 @@ class TrainingRecipe(Recipe):
             folder.write("metrics.json", metrics)
             folder.write("log_history.json", trainer.state.log_history)
             folder.finish()
-            for split in [name for name in splits if name in metrics]:
-                print(f"{split}: " + ", ".join(f"{name} {score:.4g}" for name, score in metrics[split].items()))
+            for split, named in scores.items():
+                print(f"{split}: " + ", ".join(f"{name} {value:.4g}" for name, value in named.items()))
             print(f"written to {folder.path}")
         trainer.accelerator.wait_for_everyone()
         return RunResult(folder.path, metrics)
