@@ -9,13 +9,16 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from hf_transfer.environment import versions
 from hf_transfer.errors import ConfigurationError
-from hf_transfer.recipe import Recipe, RunResult, TrainingRecipe
+from hf_transfer.recipe import Recipe, RunResult, Split, TrainingRecipe
 from hf_transfer.report import RunFolder, is_main_process
 from hf_transfer.schema import merge, plain
+
+if TYPE_CHECKING:
+    from hf_transfer.data.prepared import PreparedData
 
 
 @dataclass(kw_only=True)
@@ -64,19 +67,30 @@ class CompareRecipe(Recipe):
         folder = RunFolder(Path(self.training["output_dir"]))
         if is_main_process():
             folder.check(self.values(), overwrite=overwrite, resume=resume)
-        for arm in self.arms:
-            self.recipe(arm, seed=self.seeds[0]).check()
+        split = _split_to_compare_on([self.recipe(arm, seed=self.seeds[0]).check() for arm in self.arms])
         if is_main_process():
             folder.claim(self.values(), overwrite=overwrite, resume=resume, seeds=self.seeds, versions=versions())
         chosen = {arm: self._search(arm) for arm in self.arms}
-        runs = {arm: [self._run(arm, seed, chosen[arm]) for seed in self.seeds] for arm in self.arms}
-        metrics = next(iter(runs.values()))[0].metrics
+        runs = {
+            arm: [self._run(arm, seed, chosen[arm], split, Path(f"seed-{seed}")) for seed in self.seeds]
+            for arm in self.arms
+        }
+        metric = runs[next(iter(runs))][0]["metric"]
         comparison = Comparison(
-            metric=metrics["metric"]["name"],
-            greater_is_better=metrics["metric"]["greater_is_better"],
-            split=_scored_split(metrics),
+            metric=metric["name"],
+            greater_is_better=metric["greater_is_better"],
+            split=split,
             seeds=self.seeds,
-            arms=[_arm_result(arm, [run.metrics for run in runs[arm]], chosen[arm]) for arm in self.arms],
+            arms=[
+                ArmResult(
+                    name=arm,
+                    scores=[run[split][metric["name"]] for run in runs[arm]],
+                    trainable_parameters=runs[arm][0]["trainable_parameters"],
+                    seconds=mean(run["seconds"] for run in runs[arm]),
+                    chosen=chosen[arm],
+                )
+                for arm in self.arms
+            ],
         )
         results = {**plain(comparison), "verdict": comparison.verdict()}
         if is_main_process():
@@ -118,25 +132,25 @@ class CompareRecipe(Recipe):
         combinations = _combinations(self.arms[arm])
         if len(combinations) == 1:
             return combinations[0]
-        results = [self._run(arm, self.seeds[0], changes, searching=True).metrics for changes in combinations]
-        metric = results[0]["metric"]
-        best = max if metric["greater_is_better"] else min
-        scores = [result["validation"][metric["name"]] for result in results]
+        scores = []
+        for changes in combinations:
+            place = Path("search", _folder_name(_listed(changes)))
+            metrics = self._run(arm, self.seeds[0], changes, "validation", place)
+            scores.append(metrics["validation"][metrics["metric"]["name"]])
+        best = max if metrics["metric"]["greater_is_better"] else min
         return combinations[scores.index(best(scores))]
 
-    def _run(self, arm: str, seed: int, changes: Mapping[str, Any], *, searching: bool = False) -> RunResult:
-        tried = ",".join(f"{option}={value}" for option, value in changes.items())
-        place = Path("search", _folder_name(tried)) if searching else Path(f"seed-{seed}")
+    def _run(self, arm: str, seed: int, changes: Mapping[str, Any], split: Split, place: Path) -> dict[str, Any]:
+        """The metrics of one run, which is read where it is finished."""
         recipe = self._recipe(arm, seed, changes, place)
         folder = Path(recipe.training["output_dir"])
         with _output_to(folder.with_name(f"{folder.name}.log")):
-            result = recipe.run(resume=True, test=not searching, save=self.keep_models and not searching)
+            metrics = recipe.run(resume=True, score=[split], save=self.keep_models).metrics
         if is_main_process():
-            metric, split = result.metrics["metric"]["name"], _scored_split(result.metrics)
-            label = f"{arm}, seed {seed}{', ' + tried if searching else ''}"
-            score, seconds = result.metrics[split][metric], result.metrics["seconds"]
-            print(f"{label}: {split} {_words(metric)} {score:.3f} after {seconds:.1f} s", flush=True)
-        return result
+            name, tried = metrics["metric"]["name"], f", {_listed(changes)}" if changes else ""
+            score, seconds = metrics[split][name], metrics["seconds"]
+            print(f"{arm}, seed {seed}{tried}: {split} {_words(name)} {score:.3f} after {seconds:.1f} s", flush=True)
+        return metrics
 
 
 @dataclass(frozen=True)
@@ -185,7 +199,7 @@ class Comparison:
 
     metric: str
     greater_is_better: bool
-    split: str
+    split: Split
     seeds: list[int]
     arms: list[ArmResult]
 
@@ -198,9 +212,7 @@ class Comparison:
         """The arms as Markdown, best first, and what the columns mean."""
         rows = [f"| {arm.name} | {arm} | {arm.trainable_parameters:,} | {arm.seconds:.1f} |" for arm in self.ranked]
         searched = [
-            f"Chosen for {arm.name} on validation data with seed {self.seeds[0]}: "
-            + ", ".join(f"{option}={value}" for option, value in arm.chosen.items())
-            + "."
+            f"Chosen for {arm.name} on validation data with seed {self.seeds[0]}: {_listed(arm.chosen)}."
             for arm in self.arms
             if arm.chosen
         ]
@@ -236,17 +248,6 @@ class Comparison:
         return found
 
 
-def _arm_result(name: str, runs: Sequence[Mapping[str, Any]], chosen: dict[str, Any]) -> ArmResult:
-    metric, split = runs[0]["metric"]["name"], _scored_split(runs[0])
-    return ArmResult(
-        name=name,
-        scores=[run[split][metric] for run in runs],
-        trainable_parameters=runs[0]["trainable_parameters"],
-        seconds=mean(run["seconds"] for run in runs),
-        chosen=chosen,
-    )
-
-
 def _combinations(overrides: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Every combination of the values in an arm's ``search``; one empty combination without."""
     choices = _by_path(overrides.get("search", {}), "search")
@@ -264,8 +265,17 @@ def _by_path(search: Any, where: str) -> dict[str, list[Any]]:
     }
 
 
-def _scored_split(metrics: Mapping[str, Any]) -> str:
-    return "test" if "test" in metrics else "validation"
+def _split_to_compare_on(prepared: Sequence[PreparedData]) -> Split:
+    """Test data where all arms have them, else validation data."""
+    if all(data.test is not None for data in prepared):
+        return "test"
+    if all(data.validation is not None for data in prepared):
+        return "validation"
+    raise ConfigurationError("data: there are neither test nor validation data to compare on.")
+
+
+def _listed(options: Mapping[str, Any]) -> str:
+    return ", ".join(f"{option}={value}" for option, value in options.items())
 
 
 def _folder_name(name: object) -> str:

@@ -101,6 +101,13 @@ def extract_features(
     return features.values[features.starts]
 
 
+def reads_every_token(model: nn.Module, dataset: Dataset, data_collator: Collator) -> bool:
+    """Whether the model's head reads all tokens (token classification), and not one vector per example."""
+    source = _Source(model, dataset, data_collator, batch_size=_PROBE_SIZE)
+    with evaluating(source.model.core):
+        return source.model.head_tap(source.probe).positions == "tokens"
+
+
 class PrefixCache:
     """The hidden states at the cut between frozen and open blocks, replayed in place of the frozen part.
 
@@ -216,14 +223,17 @@ class _Source:
         self.model = CutModel(model)
         self.top = len(self.model.blocks)
         core = self.model.core
-        self._inputs = inspect.signature(core.forward).parameters.keys() - find_labels(type(core))
+        targets = {"label", "label_ids", *find_labels(type(core))}
+        self._inputs = inspect.signature(core.forward).parameters.keys() - targets
         columns = [name for name in dataset.column_names if name in self._inputs]
         if core.main_input_name not in columns:
             raise ConfigurationError(
                 f"dataset: expected a column '{core.main_input_name}' for {type(core).__name__}. "
                 f"Found: {', '.join(dataset.column_names)}."
             )
-        self._dataset = dataset.select_columns(columns)
+        self._dataset = dataset.select_columns(
+            [name for name in dataset.column_names if name in self._inputs | targets]
+        )
         self._data_collator = data_collator
         self._order = _by_length(self._dataset, core.main_input_name)
         self._batch_size = batch_size
@@ -240,7 +250,7 @@ class _Source:
             type(core).__name__,
             {key: value for key, value in core.config.to_dict().items() if key not in _BESIDE_THE_BASE},
             _adapters(model),
-            columns_digest(self._dataset, columns),
+            columns_digest(dataset, columns),
             seen,
             tensors_digest(dict(model.named_buffers())),
         )

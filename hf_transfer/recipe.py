@@ -263,9 +263,10 @@ class TrainingRecipe(Recipe):
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         seconds = time.perf_counter() - started
         splits = {"validation": data.validation, "test": data.test}
-        scores = {name: _scores(trainer, rows, name) for name in score if (rows := splits[name]) is not None}
-        metrics = {
-            **scores,
+        scores: dict[str, Any] = {
+            name: _scores(trainer, rows, name) for name in score if (rows := splits[name]) is not None
+        }
+        metrics = scores | {
             "metric": {"name": scored.best, "greater_is_better": scored.greater_is_better},
             "trainable_parameters": trainable,
             "seconds": round(seconds, 3),

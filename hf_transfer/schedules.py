@@ -71,7 +71,8 @@ class TopLevels:
     """Train the head and the ``blocks`` highest blocks throughout; what lies below stays as it was pretrained.
 
     Args:
-        blocks: Number of blocks below the head that train; 0 trains the head alone.
+        blocks: Number of blocks below the head that train; 0 trains the head alone. Where no head of its own trains (a
+            tied language model, or one under LoRA), the highest block takes the head's place.
 
     Raises:
         ConfigurationError: ``blocks`` is negative.

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import TrainerCallback
+from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
 
 from hf_transfer.objectives import L2SP
 from hf_transfer.schedules import GradualUnfreeze, Ramp
@@ -61,7 +61,16 @@ def causal_language_model() -> dict:
     return {"model": tiny_llama(), "train_dataset": language_rows(), "objectives": [TokenEntropy(weight=0.3)]}
 
 
-CASES = {case.__name__: case for case in (everything_on, full_fine_tuning, causal_language_model)}
+def gpt2() -> dict:
+    """A language model whose class name does not tell the Trainer that its loss shifts the labels."""
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=60, n_embd=16, n_layer=2, n_head=2, n_positions=32, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
+    )
+    return {"model": GPT2LMHeadModel(config), "train_dataset": language_rows()}
+
+
+CASES = {case.__name__: case for case in (everything_on, full_fine_tuning, causal_language_model, gpt2)}
 
 
 def train(case: str, folder: Path, *, batch: int, accumulate: int, examples: int = 32) -> dict[str, torch.Tensor]:

@@ -39,11 +39,30 @@ def test_classifier_bit_for_bit_without_accumulation(tmp_path):
     assert all(torch.equal(value, ours[1][name]) for name, value in plain[1].items())
 
 
-def test_label_smoothing_and_own_loss_still_work(tmp_path):
-    for extra in ({"label_smoothing_factor": 0.1},):
-        plain = run(Trainer, tiny_bert(), text_rows(), tmp_path, **extra)
-        ours = run(TransferTrainer, tiny_bert(), text_rows(), tmp_path, **extra)
-        assert plain[0] == ours[0]
+def test_label_smoothing_is_plain_trainers(tmp_path):
+    plain = run(Trainer, tiny_bert(), text_rows(), tmp_path, label_smoothing_factor=0.1)
+    ours = run(TransferTrainer, tiny_bert(), text_rows(), tmp_path, label_smoothing_factor=0.1)
+    assert plain[0] == ours[0]
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_a_loss_function_of_the_users_is_called_as_plain_trainer_calls_it(tmp_path, accumulate):
+    def loss(outputs, labels, num_items_in_batch=None):
+        return torch.nn.functional.cross_entropy(outputs["logits"], labels, reduction="sum") / num_items_in_batch
+
+    changes = {"gradient_accumulation_steps": accumulate, "per_device_train_batch_size": 8 // accumulate}
+    losses = []
+    for kind in (Trainer, TransferTrainer):
+        trainer = kind(
+            tiny_bert(),
+            arguments(tmp_path, **changes),
+            data_collator=collate,
+            train_dataset=text_rows(),
+            compute_loss_func=loss,
+        )
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert losses[0] == losses[1]
 
 
 def test_unit_decay_is_off(tmp_path):

@@ -448,7 +448,7 @@ def test_a_refused_run_deletes_nothing(values: dict[str, Any]) -> None:
 
 
 def test_the_test_split_can_be_kept_for_later(values: dict[str, Any]) -> None:
-    result = Recipe.from_values(merge(values, {"training.num_train_epochs": 1})).run(test=False)
+    result = Recipe.from_values(merge(values, {"training.num_train_epochs": 1})).run(score=["validation"])
     assert "validation" in result.metrics
     assert "test" not in result.metrics
     assert not any("test_loss" in entry for entry in read(result.folder, "log_history.json"))

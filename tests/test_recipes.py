@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +61,9 @@ def test_it_builds(path: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
-def test_its_head_says_how_to_launch_it_and_every_override_there_works(path: Path, tmp_path: Path) -> None:
+def test_its_head_says_how_to_launch_it_and_every_override_there_works(path: Path) -> None:
     comment = [line.removeprefix("#") for line in path.read_text().splitlines() if line.startswith("#")]
-    commands = [line.partition("  #")[0].split() for line in comment if f"run recipes/{path.name}" in line]
-    assert commands
-    for words in commands:
-        overrides = [word for word in words if "=" in word and not word.startswith("'")]
-        Recipe.load(path, overrides)
+    launches = [shlex.split(line, comments=True) for line in comment if f"run recipes/{path.name}" in line]
+    assert launches
+    for words in launches:
+        Recipe.load(path, [word for word in words if "=" in word])

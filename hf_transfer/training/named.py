@@ -12,7 +12,8 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
 from hf_transfer.depth import head_names
-from hf_transfer.features import Precision, extract_features
+from hf_transfer.errors import ConfigurationError
+from hf_transfer.features import Precision, extract_features, reads_every_token
 from hf_transfer.heads import fit_head
 from hf_transfer.schedules import GradualUnfreeze, TopLevels, UnfreezeSchedule
 from hf_transfer.training.trainer import TransferTrainer
@@ -50,9 +51,9 @@ class FeatureExtractionTrainer(TransferTrainer):
 
     A head of one linear layer is fitted to its optimum by ``fit_head``, its regularisation chosen on ``eval_dataset``
     (without one, by cross-validation); epochs and learning rate then play no part. Any other head (RoBERTa's two
-    layers, token classification), or a run with objectives, trains by gradient steps from the cached features. Either
-    way what is saved is the ordinary model. Use ``add_mean_pooling`` first for a sentence encoder of the BERT family:
-    its first position was never trained to stand for the sentence.
+    layers, token classification), or a run with a loss or objectives of its own, trains by gradient steps from the
+    cached features. Either way what is saved is the ordinary model. Use ``add_mean_pooling`` first for a sentence
+    encoder of the BERT family: its first position was never trained to stand for the sentence.
 
     Args:
         model: A model with a new head. Its base is left as it is, and stays in evaluation mode.
@@ -86,15 +87,15 @@ class FeatureExtractionTrainer(TransferTrainer):
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """Fit the head, or train it from the cache; arguments are as for ``Trainer.train``."""
         names = head_names(self.model)
+        if not names:
+            raise ConfigurationError(
+                f"{type(self.model).__name__} has no head with weights of its own: nothing to train on features."
+            )
         linear = len(names) == 1 and isinstance(self.model.get_submodule(names[0]), nn.Linear)
-        if self.objectives or not linear or self._features_per_token:
-            return super().train(*args, **kwargs)
-        return self._fit()
-
-    @property
-    def _features_per_token(self) -> bool:
-        labels = self.train_dataset[0].get("labels")
-        return isinstance(labels, list) and self.model.config.problem_type != "multi_label_classification"
+        plain_loss = not self.objectives and self.compute_loss_func is None and self.label_smoother is None
+        if linear and plain_loss and not reads_every_token(self.model, self.train_dataset, self.data_collator):
+            return self._fit()
+        return super().train(*args, **kwargs)
 
     def _fit(self) -> TrainOutput:
         started = time.perf_counter()
@@ -102,8 +103,8 @@ class FeatureExtractionTrainer(TransferTrainer):
         validation = self.eval_dataset if isinstance(self.eval_dataset, Dataset) else None
         with self.args.main_process_first(local=False, desc="extracting features"):
             features = self._features(self.train_dataset)
-            held_out = None if validation is None else (self._features(validation), validation["labels"])
-        fit = fit_head(self.model, features, self.train_dataset["labels"], validation=held_out)
+            held_out = None if validation is None else (self._features(validation), _labels_of(validation))
+        fit = fit_head(self.model, features, _labels_of(self.train_dataset), validation=held_out)
         seconds = time.perf_counter() - started
         self.log({"head_C": fit.C, "head_validation_loss": fit.validation_loss, "train_runtime": round(seconds, 4)})
         return TrainOutput(self.state.global_step, fit.validation_loss, {"train_runtime": seconds})
@@ -117,3 +118,12 @@ class FeatureExtractionTrainer(TransferTrainer):
             dtype=self.frozen_prefix_dtype,
             batch_size=self.args.per_device_eval_batch_size,
         )
+
+
+def _labels_of(dataset: Dataset) -> Any:
+    """The labels under any of the names that collators know."""
+    names = ("labels", "label", "label_ids")
+    found = next((name for name in names if name in dataset.column_names), None)
+    if found is None:
+        raise ConfigurationError(f"dataset: expected a column of {names}. Found: {', '.join(dataset.column_names)}.")
+    return dataset.with_format(None)[found][:]

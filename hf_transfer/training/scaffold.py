@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 
 from hf_transfer.errors import ConfigurationError
 from hf_transfer.objectives.base import Objective
@@ -54,7 +54,7 @@ class Scaffold:
 
     def synchronize(self) -> None:
         """Give every rank the first rank's parameters and buffers."""
-        for tensor in self.objectives.state_dict().values():
+        for tensor in self._state().values():
             tensor.copy_(broadcast(tensor.clone(), from_process=0))
 
     def step(self, rate_factor: float) -> None:
@@ -85,7 +85,7 @@ class Scaffold:
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write parameters, buffers and optimizer state into a checkpoint ``folder``."""
-        state = {name: tensor.contiguous() for name, tensor in self.objectives.state_dict().items()}
+        state = {name: tensor.contiguous() for name, tensor in self._state().items()}
         save_file(state, Path(folder) / STATE_NAME)
         if self._optimizer is not None:
             torch.save(self._optimizer.state_dict(), Path(folder) / OPTIMIZER_NAME)
@@ -100,12 +100,20 @@ class Scaffold:
         names = ", ".join(objective.name for objective in self.objectives)  # type: ignore[misc]
         if not path.is_file():
             raise ConfigurationError(f"{folder} has no {STATE_NAME}: not saved by a run with objectives {names}.")
-        state, expected = load_file(path), self.objectives.state_dict()
+        state, expected = load_file(path), self._state()
         if set(state) != set(expected):
             raise ConfigurationError(
                 f"{path} belongs to other objectives than {names}: "
                 f"found {sorted(set(state) - set(expected))}, missing {sorted(set(expected) - set(state))}."
             )
-        self.objectives.load_state_dict(state)
+        self.objectives.load_state_dict(state, strict=False)
         if self._optimizer is not None:
             self._optimizer.load_state_dict(torch.load(Path(folder) / OPTIMIZER_NAME, weights_only=True))
+
+    def _state(self) -> dict[str, torch.Tensor]:
+        """What learns, and the objectives' own buffers; a frozen network inside one (a teacher) is given, not learnt."""
+        networks = [module for module in self.objectives.modules() if isinstance(module, PreTrainedModel)]
+        frozen = [network for network in networks if not any(each.requires_grad for each in network.parameters())]
+        given = {id(tensor) for network in frozen for tensor in (*network.parameters(), *network.buffers())}
+        state = self.objectives.state_dict(keep_vars=True)
+        return {name: tensor.detach() for name, tensor in state.items() if id(tensor) not in given}

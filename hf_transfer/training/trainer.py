@@ -14,20 +14,32 @@ from datasets import Dataset
 from peft import PeftModel, get_peft_model_state_dict
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import has_length, unwrap_peft_model
 
 from hf_transfer.errors import ConfigurationError
 from hf_transfer.features import EXAMPLE_INDEX, Precision, PrefixCache
 from hf_transfer.objectives.base import Objective
-from hf_transfer.schedules import Schedule, UnfreezeSchedule
+from hf_transfer.schedules import GradualUnfreeze, Schedule, UnfreezeSchedule
 from hf_transfer.training.rates import DepthRates, LearningRateBands
 from hf_transfer.training.scaffold import Scaffold
 from hf_transfer.training.unfreezing import PlanRow, TrainableLevels, format_plan
+
+# Their loss is ForCausalLMLoss, because no loss answers to their names; the Trainer takes them for classifiers.
+_CAUSAL_BY_DEFAULT = {
+    "BertGenerationDecoder",
+    "BertLMHeadModel",
+    "CTRLLMHeadModel",
+    "GPT2LMHeadModel",
+    "OpenAIGPTLMHeadModel",
+    "ReformerModelWithLMHead",
+}
 
 
 class TransferTrainer(Trainer):
     """``Trainer`` whose loss is ``task_weight * task + sum_i weight_i * objective_i``.
 
-    With no option given it is plain ``Trainer``, but for one repair: the loss of a model that does not divide by
+    With no option given it is plain ``Trainer``, but for two repairs: GPT-2 and five other language models count the
+    tokens that their loss averages over, not one more per row; and the loss of a model that does not divide by
     ``num_items_in_batch`` (every sequence or token classifier) is weighed by the share of the step's labels that its
     micro-batch holds, so that accumulation and several ranks give the gradient of the whole batch (plain Trainer's is
     4 times too large at 4 accumulation steps, transformers issue 47688).
@@ -99,12 +111,10 @@ class TransferTrainer(Trainer):
         if unfreeze is not None:
             _prepare_arguments_for_schedule(args)
         super().__init__(model, args, **trainer_arguments)
-        if not self.rates.uniform and self.optimizer is not None:
-            raise ConfigurationError("Rates by depth need the optimizer to be made here: do not pass 'optimizers'.")
-        if unfreeze is not None:
-            self._refuse_fixed_parameters()
+        self._refuse_contradictions()
         if frozen_prefix_cache is not None:
             self.train_dataset = self._indexed(self.train_dataset)
+        self._loss_shifts_labels |= type(unwrap_peft_model(self.model)).__name__ in _CAUSAL_BY_DEFAULT
         self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs and self._loss_shifts_labels
         if self._by_depth:
             self._levels = TrainableLevels(self.model, unfreeze)
@@ -113,7 +123,7 @@ class TransferTrainer(Trainer):
             for objective in self.objectives:
                 objective.prepare(self.model)
             self.scaffold = Scaffold(self.objectives, args, self.accelerator)
-        self._epochs = float(self.args.num_train_epochs)
+        self._epochs = self._expected_epochs()
         self.add_callback(_TransferCallback(self))
 
     # ---- what trains, and how fast ----
@@ -144,6 +154,8 @@ class TransferTrainer(Trainer):
             return super().create_optimizer(model)
         given = self.optimizer_cls_and_kwargs
         cls, options = given or self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        if {"params", "model", "optimizer_dict"} & options.keys():
+            raise ConfigurationError(f"optim = '{self.args.optim}' groups parameters itself: no rates by depth.")
         self.optimizer_cls_and_kwargs = (cls, {**options, "params": self._parameter_groups(model or self.model)})
         try:
             return super().create_optimizer(model)
@@ -178,8 +190,9 @@ class TransferTrainer(Trainer):
             model_inputs["output_hidden_states"] = True
         with self._replayed(inputs, model_inputs):
             loss, outputs = super().compute_loss(model, model_inputs, True, num_items_in_batch)
-        if num_items_in_batch is None:
-            loss = loss * self._share("labels", inputs)
+        if num_items_in_batch is None and self._step_counts is not None:
+            share = self._share("labels", inputs)
+            loss = torch.where(share > 0, loss, 0.0).nan_to_num(0.0) * share  # a mean over no labels is not a number
         if self.objectives:
             loss = self._add_objectives(loss, inputs, outputs)
         return (loss, outputs) if return_outputs else loss
@@ -219,9 +232,17 @@ class TransferTrainer(Trainer):
 
     def set_initial_training_values(self, args: TrainingArguments, dataloader: Any) -> tuple[Any, ...]:
         values = super().set_initial_training_values(args, dataloader)
+        if isinstance(self.unfreeze, GradualUnfreeze) and self.unfreeze.until is None and not has_length(dataloader):
+            raise ConfigurationError("unfreeze: a data set without length has no epochs to count by. Set 'until'.")
         steps_per_epoch, max_steps = values[1], values[-1]
         self._epochs = max_steps / steps_per_epoch
         return values
+
+    def _expected_epochs(self) -> float:
+        """Epochs of the run as far as they can be told before the data are loaded."""
+        if self.args.max_steps <= 0 or not has_length(self.train_dataset):
+            return float(self.args.num_train_epochs)
+        return self.args.max_steps * self.get_total_train_batch_size(self.args) / max(1, len(self.train_dataset))
 
     @property
     def _by_depth(self) -> bool:
@@ -302,7 +323,8 @@ class TransferTrainer(Trainer):
     def _replayed(self, inputs: Mapping[str, Any], model_inputs: dict[str, Any]) -> AbstractContextManager[None]:
         if self._prefix is None:
             return nullcontext()
-        return self._prefix.replay({**model_inputs, EXAMPLE_INDEX: inputs[EXAMPLE_INDEX]})
+        index = {name: inputs[name] for name in (EXAMPLE_INDEX,) if name in inputs}
+        return self._prefix.replay({**model_inputs, **index})
 
     def _indexed(self, dataset: Any) -> Dataset:
         if self.unfreeze is None:
@@ -327,31 +349,45 @@ class TransferTrainer(Trainer):
             loss = loss + objective.weight_at(self._progress) * term
         return loss
 
-    def _share(self, unit: str, inputs: Mapping[str, Any]) -> torch.Tensor | float:
+    def _share(self, unit: str, inputs: Mapping[str, Any]) -> torch.Tensor:
         """What this micro-batch's mean weighs in the step's, times the number of ranks that DDP averages over."""
         if self._step_counts is None:
-            return 1.0
+            return torch.ones((), device=self.args.device)
         count = self._count(inputs)["labels" if unit == "labels" else "examples"]
         total = self._step_counts["labels" if unit == "labels" else "examples"]
         return self.accelerator.num_processes * count.to(total.device) / total
 
     def _count_step(self, batches: list[Mapping[str, Any]], device: torch.device) -> dict[str, torch.Tensor]:
         counts = [self._count(batch) for batch in batches]
-        local = torch.stack([sum(count[unit] for count in counts) for unit in ("examples", "labels")])  # type: ignore
-        total = self.accelerator.reduce(local.to(device), reduction="sum")
+        units = ("examples", "labels")
+        local = torch.stack([torch.stack([count[unit].to(device) for unit in units]) for count in counts]).sum(0)
+        total = self.accelerator.reduce(local, reduction="sum")
         return {"examples": total[0], "labels": total[1]}
 
     def _count(self, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         first = next(value for value in batch.values() if isinstance(value, torch.Tensor) and value.dim())
         examples = torch.tensor(float(len(first)))
         labels = batch.get("labels")
-        if labels is None:
+        if not isinstance(labels, torch.Tensor):
             return {"examples": examples, "labels": examples}
         counted = labels[..., 1:] if self._loss_shifts_labels else labels
         return {"examples": examples, "labels": counted.ne(-100).sum().float()}
 
-    def _refuse_fixed_parameters(self) -> None:
+    def _refuse_contradictions(self) -> None:
+        names = ["task", *(objective.name for objective in self.objectives)]
+        if repeated := {name for name in names if names.count(name) > 1}:
+            raise ConfigurationError(f"objectives: more than one term is called '{repeated.pop()}' in the logs.")
+        if self.objectives and self.model_init is not None:
+            raise ConfigurationError("objectives are built for one model: pass 'model', not 'model_init'.")
+        if not self.rates.uniform and self.optimizer is not None:
+            raise ConfigurationError("Rates by depth need the optimizer to be made here: do not pass 'optimizers'.")
+        if self.learning_rate_schedule is not None and self.lr_scheduler is not None:
+            raise ConfigurationError("learning_rate_schedule: 'optimizers' brings a scheduler. Give one of them.")
+        if self.frozen_prefix_cache is not None and self.is_fsdp_enabled:
+            raise ConfigurationError("frozen_prefix_cache: FSDP shards the weights that the cache is named after.")
         fsdp = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if self.unfreeze is None:
+            return
         if self.is_deepspeed_enabled or (fsdp is not None and getattr(fsdp, "fsdp_version", 1) == 1):
             found = "DeepSpeed" if self.is_deepspeed_enabled else "FSDP version 1"
             raise ConfigurationError(
@@ -369,6 +405,9 @@ class _TransferCallback(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self.trainer
         trainer._terms_logged_at = state.global_step
+        trainer._term_sums.clear()
+        if trainer._prefix is not None:  # an interrupted run left it
+            trainer._start_above(-1)
         if trainer._levels is not None:
             trainer.show_plan()
         trainer._follow_schedule()
@@ -384,7 +423,9 @@ class _TransferCallback(TrainerCallback):
         trainer = self.trainer
         if trainer.scaffold is not None:
             group = trainer.optimizer.param_groups[0]
-            trainer.scaffold.step(group["lr"] / group["initial_lr"] if group["initial_lr"] else 0.0)
+            top = trainer.plan()[0].learning_rate if trainer._levels else args.learning_rate
+            initial = group.get("initial_lr", top)  # a plateau scheduler records none
+            trainer.scaffold.step(group["lr"] / initial if initial else 0.0)
 
     def on_train_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self.trainer
@@ -404,19 +445,22 @@ def _prepare_arguments_for_schedule(args: TrainingArguments) -> None:
     args.ddp_find_unused_parameters = True
 
 
-def _refuse_unsaved_weights(model: nn.Module) -> None:
+def _refuse_unsaved_weights(model: Any) -> None:
     """PEFT saves adapters and ``modules_to_save`` only: anything else that trains would be lost."""
-    if not isinstance(model, PeftModel) or model.active_peft_config.is_prompt_learning:
+    if isinstance(model, PeftModel):
+        states = [
+            get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+            for adapter in model.peft_config
+        ]
+    elif getattr(model, "_hf_peft_config_loaded", False):  # transformers' own model.add_adapter
+        states = [model.get_adapter_state_dict(adapter) for adapter in model.peft_config]
+    else:
         return
-    saved = {
-        tensor.data_ptr()
-        for adapter in model.peft_config
-        for tensor in get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False).values()
-    }
+    saved = {tensor.data_ptr() for state in states for tensor in state.values()}
     lost = [
         name
         for name, parameter in model.named_parameters()
-        if parameter.requires_grad and parameter.data_ptr() not in saved
+        if parameter.requires_grad and parameter.data_ptr() not in saved and "prompt_encoder." not in name
     ]
     if lost:
         raise ConfigurationError(

@@ -19,6 +19,7 @@ import random
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -116,6 +117,16 @@ def chosen_rates(out: Path, files: dict[str, str]) -> dict[str, float]:
     return {arm["name"]: arm["chosen"]["training.learning_rate"] for arm in results["arms"]}
 
 
+def table(out: Path) -> str:
+    """All finished comparisons in one: an arm per row, a set and size per column."""
+    scores = {path.parent.name: json.loads(path.read_text()) for path in sorted(out.glob("*-*/results.json"))}
+    lines = ["| | " + " | ".join(scores) + " |", "|---|" + "---:|" * len(scores)]
+    for arm in ARMS:
+        cells = [next(each["scores"] for each in result["arms"] if each["name"] == arm) for result in scores.values()]
+        lines.append(f"| {arm} | " + " | ".join(f"{mean(cell):.3f} ± {stdev(cell):.3f}" for cell in cells) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
@@ -134,6 +145,7 @@ def main() -> None:
         files = write_splits(name, options.data, options.out / "data" / name)
         for size in options.sizes:
             compare(options.out / f"{name}-{size}", files, size, arms, list(range(options.seeds)))
+    print(f"\nTest accuracy, mean and standard deviation over the seeds:\n\n{table(options.out)}")
 
 
 if __name__ == "__main__":

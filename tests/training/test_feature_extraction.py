@@ -15,8 +15,9 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
+from hf_transfer.errors import ConfigurationError
 from hf_transfer.training.named import FeatureExtractionTrainer
-from tests.tiny import arguments, collate, text_rows, tiny_bert
+from tests.tiny import arguments, collate, language_rows, text_rows, tiny_bert, tiny_llama
 
 
 def make(model, rows, folder, *, changes=None, **options):
@@ -142,3 +143,29 @@ def test_token_classification_trains_from_the_cache(tmp_path):
     assert all(torch.equal(value, model.base_model.state_dict()[name]) for name, value in before.items())
     trainer.save_model(str(tmp_path / "saved"))
     assert AutoModelForTokenClassification.from_pretrained(tmp_path / "saved").config.num_labels == 3
+
+
+def test_labels_under_another_name_and_a_loss_of_ones_own(tmp_path):
+    rows = text_rows(64).rename_column("labels", "label")
+    renaming = lambda examples: {  # noqa: E731
+        "labels" if name == "label" else name: value for name, value in collate(examples).items()
+    }
+    trainer = FeatureExtractionTrainer(
+        tiny_bert(), arguments(tmp_path), data_collator=renaming, train_dataset=rows, features_dtype="float32"
+    )
+    trainer.train()
+    assert "head_C" in trainer.state.log_history[-1]
+
+    calls = []
+
+    def loss(outputs, labels, num_items_in_batch=None):
+        calls.append(len(labels))
+        return functional.cross_entropy(outputs["logits"], labels)
+
+    make(tiny_bert(), text_rows(32), tmp_path, compute_loss_func=loss).train()
+    assert sum(calls) == 32
+
+
+def test_a_model_without_a_head_is_refused(tmp_path):
+    with pytest.raises(ConfigurationError, match="no head"):
+        make(tiny_llama(tie_word_embeddings=True), language_rows(), tmp_path).train()

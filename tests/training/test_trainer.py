@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors import safe_open
 from transformers import TrainerCallback
 
 from hf_transfer.depth import parameter_depths
@@ -14,7 +15,7 @@ from hf_transfer.schedules import GradualUnfreeze, SlantedTriangular, TopLevels
 from hf_transfer.training.rates import LearningRateBands
 from hf_transfer.training.trainer import TransferTrainer
 from tests.objectives import Critic, SoftTargets
-from tests.tiny import arguments, collate, text_rows, tiny_bert
+from tests.tiny import arguments, collate, text_rows, tiny_bert, tiny_llama
 
 LAYERS, HEAD = 3, 4
 
@@ -211,6 +212,7 @@ def test_lora_opens_from_the_top(tmp_path):
     [
         ({"layer_decay": 0.9, "base_ratio": 0.1}, "layer_decay and base_ratio each set the rate"),
         ({"layer_decay": 1.5}, "layer_decay must be in"),
+        ({"objectives": [L2SP(), L2SP()]}, "more than one term is called 'l2sp'"),
         ({"changes": {"ddp_find_unused_parameters": False}, "unfreeze": GradualUnfreeze()}, "ddp_find_unused"),
     ],
 )
@@ -247,3 +249,74 @@ def test_columns_of_objectives_survive_and_never_reach_the_model(tmp_path):
     batch = next(iter(trainer.get_train_dataloader()))
     assert "domain" in batch
     assert "domain" not in next(iter(make(tmp_path).get_train_dataloader()))
+
+
+def test_a_frozen_teacher_inside_an_objective_is_not_saved_with_it(tmp_path):
+    """Most language models tie weights, which safetensors refuses, and a teacher is given, not learnt."""
+
+    class FromTiedTeacher(Critic):
+        def prepare(self, model):
+            super().prepare(model)
+            self.teacher = tiny_llama(tie_word_embeddings=True).requires_grad_(False)
+
+    options = {"objectives": [FromTiedTeacher()], "changes": {"save_strategy": "steps", "save_steps": 2}}
+    make(tmp_path, **options).train()
+    with safe_open(tmp_path / "checkpoint-2" / "scaffold.safetensors", "pt") as state:
+        assert sorted(state.keys()) == ["0.probe.bias", "0.probe.weight"]
+    make(tmp_path, **options).train(resume_from_checkpoint=True)
+
+
+def test_plateau_scheduler_drives_an_objectives_weights_too(tmp_path):
+    changes = {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "epoch", "metric_for_best_model": "loss"}
+    trainer = make(tmp_path, objectives=[Critic()], changes=changes)
+    before = trainer.scaffold.objectives[0].probe.weight.clone()
+    trainer.train()
+    assert not torch.equal(before, trainer.scaffold.objectives[0].probe.weight)
+
+
+def test_unfreezing_by_epochs_needs_a_length(tmp_path):
+    rows = text_rows().to_iterable_dataset()
+    changes = {"max_steps": 8}
+
+    def train(schedule):
+        watch = Watch()
+        options = {"unfreeze": schedule, "data_collator": collate, "callbacks": [watch]}
+        TransferTrainer(tiny_bert(), arguments(tmp_path, **changes), train_dataset=rows, **options).train()
+        return watch.moved
+
+    with pytest.raises(ConfigurationError, match="no epochs to count by"):
+        train(GradualUnfreeze())
+    assert train(GradualUnfreeze(until=0.5))[-1] == set(range(HEAD + 1))
+
+
+def test_plan_before_training_counts_epochs_from_max_steps(tmp_path):
+    rows = make(tmp_path, changes={"max_steps": 12}, unfreeze=GradualUnfreeze()).plan()
+    assert [row.opens_at_epoch for row in rows] == pytest.approx([0, 1, 2, float("inf"), float("inf")])
+
+
+def test_a_micro_batch_without_labels_counts_for_nothing(tmp_path):
+    """Its mean over no labels is not a number; the step's gradient is that of the other micro-batches."""
+    rows = text_rows(8).map(lambda row, index: {"labels": -100 if index < 4 else row["labels"]}, with_indices=True)
+    logs = []
+    for batch, accumulate in ((8, 1), (4, 2)):
+        changes = {
+            "per_device_train_batch_size": batch,
+            "gradient_accumulation_steps": accumulate,
+            "train_sampling_strategy": "sequential",
+            "logging_nan_inf_filter": False,
+        }
+        trainer = TransferTrainer(
+            tiny_bert(), arguments(tmp_path, **changes), train_dataset=rows, data_collator=collate
+        )
+        trainer.train()
+        logs.append(next(entry for entry in trainer.state.log_history if "loss" in entry))
+    assert logs[0]["loss"] == pytest.approx(logs[1]["loss"], rel=1e-5)
+    assert logs[0]["grad_norm"] == pytest.approx(logs[1]["grad_norm"], rel=1e-5)
+
+
+def test_weights_lost_by_transformers_own_adapters_are_refused(tmp_path):
+    model = tiny_bert()
+    model.add_adapter(LoraConfig(target_modules=["query"]))
+    model.classifier.requires_grad_(True)
+    with pytest.raises(ConfigurationError, match="classifier"):
+        make(tmp_path, model).train()
