@@ -111,7 +111,7 @@ class Scaffold:
             self._optimizer.load_state_dict(torch.load(Path(folder) / OPTIMIZER_NAME, weights_only=True))
 
     def _state(self) -> dict[str, torch.Tensor]:
-        """What learns, and the objectives' own buffers; a frozen network inside one (a teacher) is given, not learnt."""
+        """What learns, and the objectives' own buffers; a frozen network inside one is given, not learnt."""
         networks = [module for module in self.objectives.modules() if isinstance(module, PreTrainedModel)]
         frozen = [network for network in networks if not any(each.requires_grad for each in network.parameters())]
         given = {id(tensor) for network in frozen for tensor in (*network.parameters(), *network.buffers())}
