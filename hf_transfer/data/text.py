@@ -93,7 +93,7 @@ class TextData:
 
         Args:
             task: A name in `TASKS`.
-            base_dir: What relative paths start from: the recipe's folder.
+            base_dir: What relative paths start from; by default the working directory.
 
         Raises:
             ConfigurationError: A file, split or column is not there (the nearest is named), or reading failed.
