@@ -1,4 +1,4 @@
-"""`datasets.load_dataset` for recipes: paths start from the recipe's folder, and absent files are named beforehand."""
+"""`datasets.load_dataset` for recipes: relative paths start from one folder, and absent files are named beforehand."""
 
 from __future__ import annotations
 
