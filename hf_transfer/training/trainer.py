@@ -192,7 +192,7 @@ class TransferTrainer(Trainer):
             loss, outputs = super().compute_loss(model, model_inputs, True, num_items_in_batch)
         if num_items_in_batch is None and self._step_counts is not None:
             share = self._share("labels", inputs)
-            loss = torch.where(share > 0, loss, 0.0).nan_to_num(0.0) * share  # a mean over no labels is not a number
+            loss = torch.where(share > 0, loss, 0.0) * share  # a mean over no labels is not a number
         if self.objectives:
             loss = self._add_objectives(loss, inputs, outputs)
         return (loss, outputs) if return_outputs else loss
