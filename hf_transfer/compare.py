@@ -20,13 +20,15 @@ from hf_transfer.schema import merge, plain
 if TYPE_CHECKING:
     from hf_transfer.data.prepared import PreparedData
 
+_MAY_GROW = ("arms", "seeds")
+
 
 @dataclass(kw_only=True)
 class CompareRecipe(Recipe):
     """The same model and data trained in several ways, each with several seeds.
 
-    Every run has a folder of its own and is not repeated once it is finished, so a comparison that was interrupted is
-    continued with ``--resume``. A seed decides the new head, the order of the examples and which examples are drawn
+    Every run has a folder of its own and is not repeated once it is finished, so a comparison that was interrupted, or
+    that has gained arms or seeds, is continued with ``--resume``. A seed decides the new head, the order of the examples and which examples are drawn
     (``data.seed``), and is the same for all arms.
 
     Args:
@@ -66,10 +68,11 @@ class CompareRecipe(Recipe):
         """Run what is not finished yet, print the table, write ``results.json`` and ``results.md``."""
         folder = RunFolder(Path(self.training["output_dir"]))
         if is_main_process():
-            folder.check(self.values(), overwrite=overwrite, resume=resume)
+            folder.check(self.values(), overwrite=overwrite, resume=resume, may_grow=_MAY_GROW)
         split = _split_to_compare_on([self.recipe(arm, seed=self.seeds[0]).check() for arm in self.arms])
         if is_main_process():
-            folder.claim(self.values(), overwrite=overwrite, resume=resume, seeds=self.seeds, versions=versions())
+            facts = {"seeds": self.seeds, "versions": versions()}
+            folder.claim(self.values(), overwrite=overwrite, resume=resume, may_grow=_MAY_GROW, **facts)
         chosen = {arm: self._search(arm) for arm in self.arms}
         runs = {
             arm: [self._run(arm, seed, chosen[arm], split, Path(f"seed-{seed}")) for seed in self.seeds]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,27 +44,43 @@ class RunFolder:
 
     path: Path
 
-    def claim(self, recipe: Mapping[str, Any], *, overwrite: bool = False, resume: bool = False, **facts: Any) -> None:
+    def claim(
+        self,
+        recipe: Mapping[str, Any],
+        *,
+        overwrite: bool = False,
+        resume: bool = False,
+        may_grow: Sequence[str] = (),
+        **facts: Any,
+    ) -> None:
         """Make the folder ready for a run of ``recipe``; an earlier run is only touched where that was asked for.
 
         Args:
             recipe: The resolved recipe as plain data.
             overwrite: Delete an earlier run.
             resume: Continue an earlier run of the same recipe; starts a new one where there is none.
+            may_grow: Sections of the recipe that may have gained entries since; what was in them must be the same.
             **facts: What else ``run.json`` is to hold.
 
         Raises:
             ConfigurationError: The folder holds something already and neither was asked for; it is no run folder of
                 ours; or the run to resume had another recipe.
         """
-        self.check(recipe, overwrite=overwrite, resume=resume)
+        self.check(recipe, overwrite=overwrite, resume=resume, may_grow=may_grow)
         if overwrite and self.path.exists():
             shutil.rmtree(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
         self.write(_MARK, {"made_by": _MADE_BY, **facts, "finished": False})
         self._replace(_RECIPE, yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True))
 
-    def check(self, recipe: Mapping[str, Any], *, overwrite: bool = False, resume: bool = False) -> None:
+    def check(
+        self,
+        recipe: Mapping[str, Any],
+        *,
+        overwrite: bool = False,
+        resume: bool = False,
+        may_grow: Sequence[str] = (),
+    ) -> None:
         """Raise what :meth:`claim` would raise, and change nothing."""
         if overwrite and resume:
             raise ConfigurationError(
@@ -82,7 +98,7 @@ class RunFolder:
                 f"Output folder '{self.path}' is not empty and holds no run of hf_transfer (no {_MARK}): it is "
                 "neither overwritten nor resumed. Name another one (--output)."
             )
-        if resume and (changed := _differences(self.recipe(), recipe)):
+        if resume and (changed := _differences(old := self.recipe(), _without_gains(recipe, old, may_grow))):
             raise ConfigurationError(
                 f"Cannot resume '{self.path}' with another recipe; these differ from its {_RECIPE}: "
                 f"{', '.join(changed)}."
@@ -130,6 +146,17 @@ class RunFolder:
         partial = self.path / f"{name}.part"
         partial.write_text(text, encoding="utf-8")
         os.replace(partial, self.path / name)
+
+
+def _without_gains(new: Mapping[str, Any], old: Mapping[str, Any], sections: Sequence[str]) -> dict[str, Any]:
+    """``new`` with only the entries of ``sections`` (mappings or lists) that ``old`` has too."""
+
+    def kept(after: Any, before: Any) -> Any:
+        if isinstance(after, Mapping) and isinstance(before, Mapping):
+            return {key: value for key, value in after.items() if key in before}
+        return after[: len(before)] if isinstance(after, list) and isinstance(before, list) else after
+
+    return {key: kept(value, old.get(key)) if key in sections else value for key, value in new.items()}
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "") -> list[str]:

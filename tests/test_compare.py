@@ -163,9 +163,15 @@ def test_a_comparison_runs_every_seed_and_continues(
     assert recipe.run(resume=True).metrics == stored
     assert [model.stat().st_mtime_ns for model in models] == written
 
+    values["arms"]["LoRA"] = {"recipe": "lora"}
+    grown = Recipe.from_values(values).run(resume=True).metrics
+    assert grown["arms"][:2] == stored["arms"]
+    assert [arm["name"] for arm in grown["arms"]] == ["untrained", "Fine tuning", "LoRA"]
+    assert [model.stat().st_mtime_ns for model in models] == written
+
     (result.folder / "untrained" / "seed-1" / "run.json").unlink()
     with pytest.raises(ConfigurationError, match="holds no run"):
-        recipe.run(resume=True)
+        Recipe.from_values(values).run(resume=True)
 
 
 def test_a_search_chooses_on_validation_data_and_says_so(values: dict[str, Any]) -> None:

@@ -77,6 +77,18 @@ def test_resume_takes_the_same_recipe_only(folder: RunFolder) -> None:
         folder.claim(changed, resume=True)
 
 
+def test_a_section_that_may_grow_keeps_what_was_in_it(folder: RunFolder) -> None:
+    folder.claim({"arms": {"a": {"rate": 1}}, "seeds": [0, 1]})
+    grown = {"arms": {"a": {"rate": 1}, "b": {}}, "seeds": [0, 1, 2]}
+    with pytest.raises(ConfigurationError, match="arms.b, seeds"):
+        folder.claim(grown, resume=True)
+    folder.claim(grown, resume=True, may_grow=["arms", "seeds"])
+    assert folder.recipe() == grown
+    for changed in ({"arms": {"a": {"rate": 2}, "b": {}}}, {"arms": {"b": {}}}, {"seeds": [1, 2, 3]}):
+        with pytest.raises(ConfigurationError, match=next(iter(changed))):
+            folder.claim({**grown, **changed}, resume=True, may_grow=["arms", "seeds"])
+
+
 def test_resume_starts_where_nothing_is(folder: RunFolder) -> None:
     folder.claim(RECIPE, resume=True)
     assert folder.is_ours
