@@ -4,18 +4,30 @@ from .depth import block_names, embedding_names, head_names, parameter_depths
 from .errors import ConfigurationError
 from .features import PrefixCache, extract_features
 from .heads import add_mean_pooling, fit_head
-from .models import ModelSpec, load_model, load_tokenizer
-from .objectives import L2SP, Objective
-from .recipe import FeatureExtractionRecipe, FineTuneRecipe, GradualUnfreezeRecipe, LoraRecipe, Recipe
+from .models import ModelSpec, load_model, load_tokenizer, load_trained
+from .objectives import L2SP, Distillation, Objective
+from .recipe import (
+    DistillationRecipe,
+    FeatureExtractionRecipe,
+    FineTuneRecipe,
+    GradualUnfreezeRecipe,
+    LoraRecipe,
+    Recipe,
+)
 from .schedules import GradualUnfreeze, Ramp, SlantedTriangular, TopLevels
+from .training.distillation import DistillationTrainer
 from .training.named import FeatureExtractionTrainer, GradualUnfreezeTrainer
 from .training.rates import LearningRateBands
 from .training.trainer import TransferTrainer
+from .vocabularies import shared_vocabulary
 
 __all__ = [
     "L2SP",
     "CompareRecipe",
     "ConfigurationError",
+    "Distillation",
+    "DistillationRecipe",
+    "DistillationTrainer",
     "FeatureExtractionRecipe",
     "FeatureExtractionTrainer",
     "FineTuneRecipe",
@@ -41,7 +53,9 @@ __all__ = [
     "head_names",
     "load_model",
     "load_tokenizer",
+    "load_trained",
     "parameter_depths",
+    "shared_vocabulary",
 ]
 
 __version__: str

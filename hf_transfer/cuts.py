@@ -130,7 +130,7 @@ class CutModel:
             if tap.positions != "vector":
                 unread = ~tap.select(real).unsqueeze(-1)
                 hidden = hidden.masked_fill(unread, 0 if tap.positions == "tokens" else torch.nan)
-            with _forward_as(self.base, partial(_ignoring_inputs, _outputs_with(tap.source, outputs, hidden))):
+            with forward_as(self.base, partial(_ignoring_inputs, _outputs_with(tap.source, outputs, hidden))):
                 found = self.core(**probe)[0]
             judged = real if expected.shape[:2] == real.shape else ...
             if torch.allclose(found[judged], expected[judged], rtol=1e-3):
@@ -187,7 +187,7 @@ class Replay:
             below = [base]
         for module in below:
             if module in self._answers:
-                self._installed.enter_context(_forward_as(module, partial(self._answer, module, module.forward)))
+                self._installed.enter_context(forward_as(module, partial(self._answer, module, module.forward)))
         refuse = self._model.model.register_forward_pre_hook(self._refuse_lower_layers, with_kwargs=True)
         self._installed.callback(refuse.remove)
 
@@ -238,10 +238,10 @@ class Replay:
             )
         for block in blocks:
             output = returned[block][0]
-            self._answers[block] = partial(_padded_tuple, len(output)) if isinstance(output, tuple) else _unchanged
+            self._answers[block] = partial(_padded_tuple, len(output)) if isinstance(output, tuple) else unchanged
         for embedding in embeddings:
             if [getattr(output, "shape", None) for output in returned[embedding]] == list(shapes):
-                self._answers[embedding] = _unchanged
+                self._answers[embedding] = unchanged
 
     def _try_out(self, probe: Batch) -> None:
         """Replay ``probe`` at every cut between blocks and compare with an ordinary pass."""
@@ -284,12 +284,13 @@ def skipping_zero_layers(model: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         for module in model.modules():
             if type(module) is nn.Linear and not any(parameter.any() for parameter in module.parameters()):
-                stack.enter_context(_forward_as(module, partial(_zeros, module.out_features)))
+                stack.enter_context(forward_as(module, partial(_zeros, module.out_features)))
         yield
 
 
 @contextmanager
-def _forward_as(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def forward_as(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let ``forward`` answer in the module's place."""
     own = module.__dict__.get("forward")
     module.forward = forward  # type: ignore[method-assign]
     try:
@@ -332,7 +333,7 @@ def _zeros(size: int, hidden: Tensor) -> Tensor:
     return hidden.new_zeros(*hidden.shape[:-1], size)
 
 
-def _unchanged(hidden: Tensor) -> Tensor:
+def unchanged(hidden: Tensor) -> Tensor:
     return hidden
 
 

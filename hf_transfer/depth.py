@@ -6,9 +6,11 @@ import re
 from typing import TypeGuard
 
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import _CHECKPOINT_PREFIX
 from transformers import MODEL_MAPPING, PreTrainedModel
 
 from hf_transfer.errors import ConfigurationError
+from hf_transfer.losses import transformer_in
 
 # Beside the blocks, registration order tells most: what comes before them feeds block 1, a norm or pooler after them
 # reads the last one. These patterns, searched in "ClassOfTheParent.name", know where order misleads or does not do.
@@ -44,6 +46,16 @@ def parameter_depths(model: nn.Module) -> dict[str, int]:
     """
     anatomy = _Anatomy(model)
     return {name: anatomy.depth(name) for name, _ in model.named_parameters()}
+
+
+def original_name(name: str) -> str:
+    """What a parameter was called before FSDP's activation checkpointing wrapped the blocks."""
+    return name.replace(_CHECKPOINT_PREFIX, "")
+
+
+def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters by their original names."""
+    return {original_name(name): parameter for name, parameter in model.named_parameters()}
 
 
 def block_names(model: nn.Module) -> list[str]:
@@ -85,7 +97,7 @@ class _Anatomy:
 
     def __init__(self, model: nn.Module) -> None:
         self._names = {module: name for name, module in model.named_modules()}
-        self._core = _outermost_transformer(model)
+        self._core = transformer_in(model)
         base = self._core if _is_bare(self._core) else self._core.base_model
         self._staged = hasattr(self._core.config, "depths")
         self._stacks = _stacks_of_blocks(base, staged=self._staged)
@@ -157,14 +169,6 @@ class _Anatomy:
 
     def _full_name(self, parent: nn.Module, name: str) -> str:
         return f"{self._names[parent]}.{name}".lstrip(".")
-
-
-def _outermost_transformer(model: nn.Module) -> PreTrainedModel:
-    """The transformers model that ``model`` is or wraps."""
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel):
-            return module
-    raise ConfigurationError(f"{type(model).__name__} is not a transformers model and wraps none: it has no depths.")
 
 
 def _is_bare(core: PreTrainedModel) -> bool:

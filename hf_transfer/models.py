@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 SHOWN = 4  # weights named in a message
+_NEW_POOLER = "_new_pooler"
 
 logger = logging.getLogger(__name__)
 
@@ -147,7 +149,8 @@ def load_model(
             if Path(location).is_dir():
                 check_weight_files(Path(location))
             if spec.quantization is not None:
-                options["quantization_config"] = _quantization(spec, auto_class, config)
+                make = partial(auto_class.from_config, trust_remote_code=spec.trust_remote_code)
+                options["quantization_config"] = _quantization(spec, make, config)
             with _without_load_report():
                 model, loading = auto_class.from_pretrained(
                     location,
@@ -158,19 +161,68 @@ def load_model(
                     output_loading_info=True,
                     **options,
                 )
-            _check_loaded(spec, model, loading)
+            if pooler := _check_loaded(spec, model, loading):
+                logger.warning("%s has no pooler, so %s starts at random.", spec.name, pooler)
+                setattr(model, _NEW_POOLER, pooler)
 
     if spec.pooling == "mean":
         add_mean_pooling(model)
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            # On such a processor the first evaluation would repack 4-bit weights out of autograd's reach, for good.
-            module.support_avx512bf16_for_cpu = False
+    _keep_four_bits_in_autograd(model)
     if tokenizer is not None:
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     if not local_folder(spec.name, base_dir=base_dir).is_dir():
         model.name_or_path = model.config.name_or_path = spec.name  # what adapters record: not a path of this machine
     return model
+
+
+def load_trained(spec: ModelSpec, *, base_dir: str | Path = ".") -> PreTrainedModel:
+    """A model as it was trained, with its own head and labels: a teacher.
+
+    Args:
+        spec: The ``model:`` section. Which class it is, the checkpoint says.
+        base_dir: What a relative folder starts from.
+
+    Raises:
+        ConfigurationError: The model cannot be found or read, names no class of transformers, or lacks a weight.
+    """
+    import torch
+    import transformers
+
+    location = resolve(spec.name, revision=spec.revision, base_dir=base_dir)
+    config = _load_config(spec, location)
+    kind = next(iter(config.architectures or ()), None)
+    cls = getattr(transformers, kind, None) if kind else None
+    if cls is None:
+        raise ConfigurationError(f"model.name = '{spec.name}': its architecture is {kind}, no class of transformers.")
+    options: dict[str, Any] = {} if spec.dtype == "auto" else {"dtype": getattr(torch, spec.dtype)}
+    if spec.attn_implementation is not None:
+        options["attn_implementation"] = spec.attn_implementation
+    if spec.quantization is not None:
+        options["quantization_config"] = _quantization(spec, cls, config)
+    if Path(location).is_dir():
+        check_weight_files(Path(location))
+    with _one_line_errors(spec, "it cannot be loaded"), _without_load_report():
+        model, loading = cls.from_pretrained(
+            location,
+            config=config,
+            revision=spec.revision,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **options,
+        )
+    _check_whole(spec, _without_values(loading))
+    _keep_four_bits_in_autograd(model)
+    return model.eval()
+
+
+def new_modules(model: PreTrainedModel) -> list[str]:
+    """The modules of a model from `load_model` that hold no pretrained weights: its head, and its pooler where the
+    checkpoint had none. An adapter must train and keep them."""
+    from hf_transfer.depth import head_names
+
+    pooler = getattr(model, _NEW_POOLER, None)
+    return [*head_names(model), *([pooler] if pooler else [])]
 
 
 @contextmanager
@@ -226,31 +278,57 @@ def _check_compatible(spec: ModelSpec, config: PreTrainedConfig, tokenizer: PreT
         )
 
 
-def _check_loaded(spec: ModelSpec, model: PreTrainedModel, loading: Mapping[str, Any]) -> None:
+def _check_loaded(spec: ModelSpec, model: PreTrainedModel, loading: Mapping[str, Any]) -> str | None:
     """Refuse weights that are random where pretrained ones were asked for: any but a new head's.
 
-    A pooler may be new too: only the head reads it, and checkpoints of masked language models have none.
+    A pooler may be new too, and its name is returned: only the head reads it, and checkpoints of masked language
+    models have none.
     """
     from hf_transfer.depth import head_names
 
-    new = dict.fromkeys(loading["missing_keys"], "missing")
-    for name, found, expected in loading["mismatched_keys"]:
-        new[name] = f"{list(found)} instead of {list(expected)}"
+    new = _without_values(loading)
     heads = head_names(model) if find_task(spec.task).new_head else []
     base = {name: what for name, what in new.items() if not any(name.startswith(f"{head}.") for head in heads)}
     pooler = sorted(name for name in base if heads and ".pooler." in name and base[name] == "missing")
-    if len(base) > len(pooler):
-        named = sorted(f"{name} ({what})" for name, what in base.items() if name not in pooler)
+    _check_whole(spec, {name: what for name, what in base.items() if name not in pooler})
+    if not pooler:
+        return None
+    if spec.quantization is not None:
+        raise ConfigurationError(
+            f"model.name = '{spec.name}': the checkpoint has no pooler, and a new one cannot be trained once it is "
+            "quantised. Take a checkpoint that has one, or leave out model.quantization."
+        )
+    return pooler[0][: pooler[0].index(".pooler.")] + ".pooler"
+
+
+def _without_values(loading: Mapping[str, Any]) -> dict[str, str]:
+    """The weights that the checkpoint did not fill, and why."""
+    new = dict.fromkeys(loading["missing_keys"], "missing")
+    for name, found, expected in loading["mismatched_keys"]:
+        new[name] = f"{list(found)} instead of {list(expected)}"
+    return new
+
+
+def _check_whole(spec: ModelSpec, new: Mapping[str, str]) -> None:
+    if new:
+        named = sorted(f"{name} ({what})" for name, what in new.items())
         more = f" and {len(named) - SHOWN} more" if len(named) > SHOWN else ""
         raise ConfigurationError(
             f"model.name = '{spec.name}': the checkpoint is not whole, or not of this architecture. Without "
             f"pretrained values: {', '.join(named[:SHOWN])}{more}."
         )
-    if pooler:
-        logger.warning("%s has no pooler, so it starts at random: %s.", spec.name, ", ".join(pooler))
 
 
-def _quantization(spec: ModelSpec, auto_class: Any, config: PreTrainedConfig) -> BitsAndBytesConfig:
+def _keep_four_bits_in_autograd(model: PreTrainedModel) -> None:
+    """Where the processor has bfloat16 units, an evaluation would repack 4-bit weights out of autograd's reach."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
+def _quantization(
+    spec: ModelSpec, make: Callable[[PreTrainedConfig], PreTrainedModel], config: PreTrainedConfig
+) -> BitsAndBytesConfig:
     """What bitsandbytes is to do, with the head left out: gradients need floating-point weights there."""
     import torch
     from transformers import BitsAndBytesConfig
@@ -276,6 +354,6 @@ def _quantization(spec: ModelSpec, auto_class: Any, config: PreTrainedConfig) ->
         raise ConfigurationError("model.quantization: expected load_in_8bit: true or load_in_4bit: true.")
     if find_task(spec.task).new_head:
         with torch.device("meta"):
-            heads = head_names(auto_class.from_config(config, trust_remote_code=spec.trust_remote_code))
+            heads = head_names(make(config))
         options["llm_int8_skip_modules"] = [*heads, *options.get("llm_int8_skip_modules", [])]
     return BitsAndBytesConfig(**options)

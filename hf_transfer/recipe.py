@@ -6,7 +6,7 @@ import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from math import isfinite
 from pathlib import Path
 from pkgutil import resolve_name
@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 import yaml
 
 from hf_transfer.data.text import TextData
-from hf_transfer.depth import head_names
 from hf_transfer.environment import versions
 from hf_transfer.errors import ConfigurationError, nearest
-from hf_transfer.models import ModelSpec, load_model, load_tokenizer
+from hf_transfer.models import ModelSpec, load_model, load_tokenizer, load_trained, new_modules
 from hf_transfer.report import RunFolder, is_main_process
 from hf_transfer.schedules import GradualUnfreeze, Schedule, TopLevels
 from hf_transfer.schema import Checked, apply_overrides, bind, construct, plain
@@ -41,6 +40,7 @@ RECIPES: dict[str, str] = {
     "fine_tune": "hf_transfer.recipe:FineTuneRecipe",
     "gradual_unfreeze": "hf_transfer.recipe:GradualUnfreezeRecipe",
     "lora": "hf_transfer.recipe:LoraRecipe",
+    "distillation": "hf_transfer.recipe:DistillationRecipe",
     "compare": "hf_transfer.compare:CompareRecipe",
 }
 """What ``recipe:`` can name, and where the class is."""
@@ -392,6 +392,7 @@ class FineTuneRecipe(TrainingRecipe):
         task_weight: Factor of the task's own loss.
         frozen_prefix_cache: A folder. Closed levels are computed once, and every epoch starts from what they gave.
         frozen_prefix_dtype: What is stored there; float32 trains as without the cache, for twice the disk.
+        fused_loss: Compute a language model's loss a few rows at a time, so that its logits are never held.
     """
 
     name: ClassVar[str] = "fine_tune"
@@ -407,6 +408,7 @@ class FineTuneRecipe(TrainingRecipe):
     task_weight: float = 1.0
     frozen_prefix_cache: str | None = None
     frozen_prefix_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "bfloat16"
+    fused_loss: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -415,6 +417,11 @@ class FineTuneRecipe(TrainingRecipe):
             config = _adapter_config(self.adapter, self.model.task)
             if self.merge_adapter and config.is_prompt_learning:
                 raise ConfigurationError(f"merge_adapter: {self.adapter['method']} is no change of weights to merge.")
+            if not self.model.pretrained and not self.merge_adapter:
+                raise ConfigurationError(
+                    "model.pretrained = False: an adapter is saved without its base, which nobody could make again. "
+                    "Set merge_adapter: true, or leave out the adapter."
+                )
             if self.model.pooling is not None and not self.merge_adapter:
                 raise ConfigurationError(
                     f"model.pooling = '{self.model.pooling}' changes the base, which is not saved with an adapter. "
@@ -444,24 +451,33 @@ class FineTuneRecipe(TrainingRecipe):
             )
 
     def _trainer(self, model: PreTrainedModel, arguments: TrainingArguments, **options: Any) -> TransferTrainer:
-        from hf_transfer.objectives import OBJECTIVES
         from hf_transfer.training.trainer import TransferTrainer
 
-        adapter = self.adapter
+        model = self._adapted(model, arguments)
         return TransferTrainer(
-            model if adapter is None else _add_adapter(model, adapter, self.model, seed=arguments.seed),
+            model,
             arguments,
-            objectives=[OBJECTIVES[name](**terms) for name, terms in self.objectives.items()],
             task_weight=self.task_weight,
-            unfreeze=self.unfreeze,
-            layer_decay=self.layer_decay,
-            bands=self.bands,
-            base_ratio=self.base_ratio,
-            learning_rate_schedule=self.learning_rate_schedule,
-            frozen_prefix_cache=self.frozen_prefix_cache,
-            frozen_prefix_dtype=self.frozen_prefix_dtype,
+            fused_loss=self.fused_loss,
+            **self._trainer_options(),
             **options,
         )
+
+    def _adapted(self, model: PreTrainedModel, arguments: TrainingArguments) -> PreTrainedModel | PeftModel:
+        if self.adapter is None:
+            return model
+        return _add_adapter(model, self.adapter, self.model, seed=arguments.seed)
+
+    def _trainer_options(self) -> dict[str, Any]:
+        """What the trainers of all these methods take alike."""
+        from hf_transfer.objectives import OBJECTIVES
+
+        alike = ("unfreeze", "layer_decay", "bands", "base_ratio", "learning_rate_schedule")
+        cache = ("frozen_prefix_cache", "frozen_prefix_dtype")
+        return {
+            "objectives": [OBJECTIVES[name](**terms) for name, terms in self.objectives.items()],
+            **{name: getattr(self, name) for name in (*alike, *cache)},
+        }
 
     def _save(self, trainer: TransferTrainer) -> None:
         if self.merge_adapter:
@@ -505,6 +521,73 @@ class LoraRecipe(FineTuneRecipe):
         super().__post_init__()
 
 
+@dataclass(kw_only=True)
+class DistillationRecipe(FineTuneRecipe):
+    """A student that learns from a teacher's predictions and from the labels (Hinton et al. 2015):
+    ``alpha T^2 KL(teacher || student) + (1 - alpha) task``.
+
+    The student is the ``model:`` section; ``model.layers`` makes it from some blocks of a checkpoint, which may be the
+    teacher's own. All options of ``fine_tune`` combine with it, adapters and gradual unfreezing among them.
+
+    Args:
+        teacher: A model that was trained for the same task: a folder of another run, or a Hub id. Its head, labels and
+            precision are the checkpoint's; ``quantization`` makes it small.
+        alpha: Weight of the teacher's distribution, in [0, 1]; the labels get 1 - alpha.
+        temperature: Of both distributions; 2.5 to 4 suits small students.
+        divergence: What is minimised: forward_kl, reverse_kl, jensen_shannon, total_variation or logit_mse.
+        beta: The teacher's share in the mixture of jensen_shannon.
+        compare_to_teacher: Whether evaluation runs the teacher too, for agreement and KL.
+        fused_loss: Compute a language model's loss a few rows at a time, so that its logits are never held.
+    """
+
+    name: ClassVar[str] = "distillation"
+
+    teacher: ModelSpec
+    alpha: float = 0.5
+    temperature: float = 2.0
+    divergence: Literal["forward_kl", "reverse_kl", "jensen_shannon", "total_variation", "logit_mse"] = "forward_kl"
+    beta: float = 0.5
+    compare_to_teacher: bool = True
+    fused_loss: bool | None = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        from hf_transfer.functional import check_divergence
+
+        super().__post_init__()
+        if not 0 <= self.alpha <= 1:
+            raise ConfigurationError(f"alpha = {self.alpha}: expected a share between 0 and 1.")
+        check_divergence(self.divergence, self.temperature, self.beta)
+        if self.task_weight != 1.0:
+            raise ConfigurationError("task_weight is 1 - alpha: give alpha alone.")
+        self.teacher = replace(self.teacher, task=self.model.task)
+
+    def _prepare(self, arguments: TrainingArguments) -> tuple[PreTrainedTokenizerBase, PreparedData, Metrics]:
+        from hf_transfer.vocabularies import shared_vocabulary
+
+        tokenizer, data, metrics = super()._prepare(arguments)
+        self._teacher_tokenizer = load_tokenizer(self.teacher)
+        shared_vocabulary(tokenizer, self._teacher_tokenizer)
+        return tokenizer, data, metrics
+
+    def _trainer(self, model: PreTrainedModel, arguments: TrainingArguments, **options: Any) -> TransferTrainer:
+        from hf_transfer.training.distillation import DistillationTrainer
+
+        return DistillationTrainer(
+            self._adapted(model, arguments),
+            arguments,
+            teacher=load_trained(self.teacher),
+            teacher_tokenizer=self._teacher_tokenizer,
+            alpha=self.alpha,
+            temperature=self.temperature,
+            divergence=self.divergence,
+            beta=self.beta,
+            compare_to_teacher=self.compare_to_teacher,
+            fused_loss=self.fused_loss,
+            **self._trainer_options(),
+            **options,
+        )
+
+
 def _adapter_config(options: Mapping[str, Any], task: str) -> PeftConfig:
     keywords = {"task_type": PEFT_TASK_TYPES[task], **options}
     cls = adapter_class(keywords.pop("method"))
@@ -521,7 +604,7 @@ def _add_adapter(model: PreTrainedModel, options: Mapping[str, Any], spec: Model
 
     config = _adapter_config(options, spec.task)
     if find_task(spec.task).new_head and getattr(config, "modules_to_save", ...) is None:
-        setattr(config, "modules_to_save", head_names(model))  # noqa: B010 - not every method has it
+        setattr(config, "modules_to_save", new_modules(model))  # noqa: B010 - not every method has it
     if spec.quantization is not None:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     set_seed(seed)
@@ -564,9 +647,19 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """``yaml.safe_load`` that refuses a key given twice, of which the first would be lost."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        if repeated := next((key for index, key in enumerate(keys) if key in keys[:index]), None):
+            raise yaml.constructor.ConstructorError(None, None, f"'{repeated}' is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
     except OSError:
         there = [other.name for other in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
         raise ConfigurationError(

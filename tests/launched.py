@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
 
-from hf_transfer.objectives import L2SP
+from hf_transfer.objectives import L2SP, Distillation
 from hf_transfer.schedules import GradualUnfreeze, Ramp
 from hf_transfer.training.trainer import TransferTrainer
 from tests.objectives import Critic, SoftTargets, TokenEntropy
@@ -70,7 +70,19 @@ def gpt2() -> dict:
     return {"model": GPT2LMHeadModel(config), "train_dataset": language_rows()}
 
 
-CASES = {case.__name__: case for case in (everything_on, full_fine_tuning, causal_language_model, gpt2)}
+def distilled_language_model() -> dict:
+    """With a fused loss, a teacher's distribution, and L2-SP beside them."""
+    return {
+        "model": tiny_llama(),
+        "train_dataset": language_rows(),
+        "objectives": [Distillation(tiny_llama(seed=5), weight=0.5), L2SP(weight=0.1)],
+        "task_weight": 0.5,
+        "fused_loss": True,
+    }
+
+
+CASE_FUNCTIONS = (everything_on, full_fine_tuning, causal_language_model, gpt2, distilled_language_model)
+CASES = {case.__name__: case for case in CASE_FUNCTIONS}
 
 
 def train(case: str, folder: Path, *, batch: int, accumulate: int, examples: int = 32) -> dict[str, torch.Tensor]:

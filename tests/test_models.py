@@ -126,7 +126,7 @@ class TestLoading:
         folder = broken("encoder")
         change_weights(folder, lambda weights: [weights.pop(n) for n in list(weights) if "pooler" in n])
         load(folder)
-        assert "has no pooler, so it starts at random: bert.pooler.dense.bias" in caplog.text
+        assert "has no pooler, so bert.pooler starts at random" in caplog.text
 
     def test_an_expected_new_head_is_no_warning(self, models, caplog):
         load(models / "encoder")
@@ -376,6 +376,12 @@ class TestQuantization:
         skip = {"load_in_8bit": True, "llm_int8_skip_modules": ["pooler.dense"]}
         model = load(models / "encoder", quantization=skip)
         assert type(model.bert.pooler.dense) is type(model.classifier) is torch.nn.Linear
+
+    def test_a_missing_pooler_is_refused(self, broken):
+        folder = broken("encoder")
+        change_weights(folder, lambda weights: [weights.pop(n) for n in list(weights) if "pooler" in n])
+        with pytest.raises(ConfigurationError, match="has no pooler, and a new one cannot be trained"):
+            load(folder, quantization="8bit")
 
     def test_four_bits_still_learn_after_an_evaluation(self, models):
         """On processors with AVX512-BF16 an evaluation takes the weights out of autograd's reach."""

@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from peft import AutoPeftModelForSequenceClassification
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, T5Config, T5ForConditionalGeneration
 
 from hf_transfer.errors import ConfigurationError
@@ -80,6 +80,13 @@ def test_a_yaml_file_becomes_the_class_it_names(values: dict[str, Any], tmp_path
     assert recipe.unfreeze == GradualUnfreeze(until=0.5)
     assert recipe.training["learning_rate"] == 1e-4
     assert recipe.learning_rate_schedule == SlantedTriangular()
+
+
+def test_a_key_given_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("recipe: lora\ntraining:\n  seed: 1\n  seed: 2\n")
+    with pytest.raises(ConfigurationError, match=r"'seed' is given twice.*line 3"):
+        Recipe.load(path)
 
 
 def test_resolved_values_are_a_recipe_again(values: dict[str, Any]) -> None:
@@ -154,6 +161,7 @@ REFUSED = {
         {"model.pooling": "mean", "adapter": {}},
         r"model.pooling = 'mean'.*not saved with an adapter",
     ),
+    "adapter on a random base": ({"model.pretrained": False, "adapter": {}}, r"nobody could make again"),
     "merging nothing": ({"merge_adapter": True}, r"merge_adapter: there is no adapter"),
     "merging a prompt": (
         {"merge_adapter": True, "adapter": {"method": "prompt_tuning", "num_virtual_tokens": 2}},
@@ -353,6 +361,21 @@ def test_an_adapter_run_is_loaded_by_plain_peft(values: dict[str, Any], material
     batch.pop("token_type_ids", None)
     assert model(**batch).logits.argmax(-1).tolist() == [["no", "yes"].index(row["label"]) for row in rows]
     assert not (result.folder / "model.safetensors").exists()
+
+
+def test_an_adapter_keeps_the_pooler_that_its_base_lacks(values: dict[str, Any], tmp_path: Path) -> None:
+    """A masked language model's checkpoint has no pooler: a new one is trained and saved, or a reload would guess."""
+    base = shutil.copytree(values["model"]["name"], tmp_path / "base")
+    weights = load_file(base / "model.safetensors")
+    save_file({name: value for name, value in weights.items() if "pooler" not in name}, base / "model.safetensors")
+    recipe = Recipe.from_values(merge(values, {"recipe": "lora", "model.name": str(base), "training.seed": 5}))
+    trainer = recipe.build()
+    trainer.train()
+    trainer.save_model()
+    torch.manual_seed(99)
+    reloaded = AutoPeftModelForSequenceClassification.from_pretrained(trainer.args.output_dir, num_labels=2).eval()
+    tokens = torch.tensor([[2, 5, 7, 3]])
+    torch.testing.assert_close(reloaded(tokens).logits, trainer.model.eval()(tokens).logits)
 
 
 def test_a_merged_adapter_is_an_ordinary_model_that_predicts_the_same(values: dict[str, Any]) -> None:

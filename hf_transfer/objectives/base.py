@@ -35,10 +35,16 @@ class Objective(nn.Module):
     columns: ClassVar[tuple[str, ...]] = ()
     """Columns read from the batch beyond the model's own inputs; kept in the data set and never shown to the model."""
 
+    logits: ClassVar[bool] = True
+    """Whether ``outputs.logits`` is read: they are not there where the loss is fused with the head."""
+
     hidden_states: ClassVar[bool] = False
     """Whether ``outputs.hidden_states`` is read."""
 
-    averaged_over: ClassVar[Literal["examples", "labels", "steps"]] = "examples"
+    attentions: ClassVar[bool] = False
+    """Whether ``outputs.attentions`` is read, which only eager attention returns."""
+
+    averaged_over: Literal["examples", "labels", "steps"] = "examples"
     """What the scalar is a mean over: the micro-batch's examples, its labels that are not -100, or nothing in the
     batch at all ("steps": a term of the weights). The trainer weighs micro-batches and ranks accordingly, so that
     the sum is the mean over the whole step however the step is cut."""

@@ -7,7 +7,9 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
+from hf_transfer.depth import block_names, named_parameters, parameter_depths
 from hf_transfer.errors import ConfigurationError
 from hf_transfer.objectives.base import Objective
 from hf_transfer.schedules import Schedule
@@ -28,15 +30,14 @@ class L2SP(Objective):
     """
 
     name: ClassVar[str] = "l2sp"
-    averaged_over: ClassVar[Literal["examples", "labels", "steps"]] = "steps"
+    logits: ClassVar[bool] = False
+    averaged_over: Literal["examples", "labels", "steps"] = "steps"
 
     def __init__(self, *, weight: float | Schedule = 0.01) -> None:
         super().__init__(weight=weight)
         self._buffer_of: dict[str, str] = {}
 
     def prepare(self, model: nn.Module) -> None:
-        from hf_transfer.depth import block_names, parameter_depths
-
         head = len(block_names(model)) + 1
         depths = parameter_depths(model)
         for index, (name, parameter) in enumerate(model.named_parameters()):
@@ -48,8 +49,16 @@ class L2SP(Objective):
 
     def forward(self, model: nn.Module, batch: Mapping[str, Any], outputs: Any, progress: float) -> torch.Tensor:
         distances = [
-            (parameter - getattr(self, self._buffer_of[name])).square().sum()
-            for name, parameter in model.named_parameters()
+            _squared_distance(parameter, getattr(self, self._buffer_of[name]))
+            for name, parameter in named_parameters(model).items()
             if name in self._buffer_of and parameter.requires_grad
         ]
         return 0.5 * torch.stack(distances).sum() if distances else next(self.buffers()).new_zeros(())
+
+
+def _squared_distance(parameter: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+    """Under FSDP2 ``parameter`` is this rank's shard, while ``start`` is whole on every rank."""
+    if not isinstance(parameter, DTensor):
+        return (parameter - start).square().sum()
+    whole = distribute_tensor(start, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    return (parameter - whole).square().sum().full_tensor()

@@ -3,9 +3,11 @@ learning rates that follow depth; everything else is plain ``transformers.Traine
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +16,23 @@ from datasets import Dataset
 from peft import PeftModel, get_peft_model_state_dict
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import has_length, unwrap_peft_model
+from transformers.trainer_utils import has_length
 
+from hf_transfer.depth import named_parameters, original_name
 from hf_transfer.errors import ConfigurationError
 from hf_transfer.features import EXAMPLE_INDEX, Precision, PrefixCache
+from hf_transfer.linear_head import LinearHead
+from hf_transfer.linear_loss import LinearLoss, linear_distillation_loss
+from hf_transfer.losses import shifts_labels
 from hf_transfer.objectives.base import Objective
+from hf_transfer.objectives.distillation import Distillation
 from hf_transfer.schedules import GradualUnfreeze, Schedule, UnfreezeSchedule
+from hf_transfer.tasks import IGNORED
 from hf_transfer.training.rates import DepthRates, LearningRateBands
 from hf_transfer.training.scaffold import Scaffold
 from hf_transfer.training.unfreezing import PlanRow, TrainableLevels, format_plan
 
-# Their loss is ForCausalLMLoss, because no loss answers to their names; the Trainer takes them for classifiers.
-_CAUSAL_BY_DEFAULT = {
-    "BertGenerationDecoder",
-    "BertLMHeadModel",
-    "CTRLLMHeadModel",
-    "GPT2LMHeadModel",
-    "OpenAIGPTLMHeadModel",
-    "ReformerModelWithLMHead",
-}
-
-
+logger = logging.getLogger(__name__)
 class TransferTrainer(Trainer):
     """``Trainer`` whose loss is ``task_weight * task + sum_i weight_i * objective_i``.
 
@@ -61,6 +59,9 @@ class TransferTrainer(Trainer):
             the lowest open block is read from there in every epoch: no forward pass below it either. Needs
             ``unfreeze``, a ``datasets.Dataset``, and a collator that makes the same of an example each time.
         frozen_prefix_dtype: What is stored there; ``"float32"`` trains as without the cache, for twice the disk.
+        fused_loss: Compute the loss of a causal language model, and a ``Distillation`` among the objectives, from the
+            last hidden states a few rows at a time, so that the logits of tokens x vocabulary are never held. Where the
+            model or another objective does not allow it, a warning says why and the logits are computed.
         **trainer_arguments: As for ``Trainer``: ``train_dataset``, ``eval_dataset``, ``processing_class``, ...
 
     Raises:
@@ -93,6 +94,7 @@ class TransferTrainer(Trainer):
         learning_rate_schedule: Schedule | None = None,
         frozen_prefix_cache: str | Path | None = None,
         frozen_prefix_dtype: Precision = "bfloat16",
+        fused_loss: bool = False,
         **trainer_arguments: Any,
     ) -> None:
         self.objectives = list(objectives)
@@ -114,7 +116,7 @@ class TransferTrainer(Trainer):
         self._refuse_contradictions()
         if frozen_prefix_cache is not None:
             self.train_dataset = self._indexed(self.train_dataset)
-        self._loss_shifts_labels |= type(unwrap_peft_model(self.model)).__name__ in _CAUSAL_BY_DEFAULT
+        self._loss_shifts_labels = shifts_labels(self.model)
         self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs and self._loss_shifts_labels
         if self._by_depth:
             self._levels = TrainableLevels(self.model, unfreeze)
@@ -123,6 +125,7 @@ class TransferTrainer(Trainer):
             for objective in self.objectives:
                 objective.prepare(self.model)
             self.scaffold = Scaffold(self.objectives, args, self.accelerator)
+        self._head = self._head_to_fuse() if fused_loss else None
         self._epochs = self._expected_epochs()
         self.add_callback(_TransferCallback(self))
 
@@ -186,15 +189,15 @@ class TransferTrainer(Trainer):
             return super().compute_loss(model, model_inputs, return_outputs, num_items_in_batch)
         if self._levels is not None:
             self._levels.eval_frozen()
-        if any(objective.hidden_states for objective in self.objectives):
-            model_inputs["output_hidden_states"] = True
-        with self._replayed(inputs, model_inputs):
+        for wanted in ("hidden_states", "attentions"):
+            if any(getattr(objective, wanted) for objective in self.objectives):
+                model_inputs[f"output_{wanted}"] = True
+        with self._replayed(inputs, model_inputs), self._fused(inputs) as fused:
             loss, outputs = super().compute_loss(model, model_inputs, True, num_items_in_batch)
-        if num_items_in_batch is None and self._step_counts is not None:
-            share = self._share("labels", inputs)
-            loss = torch.where(share > 0, loss, 0.0) * share  # a mean over no labels is not a number
+        if num_items_in_batch is None:
+            loss = self._shared(loss, "labels", inputs)
         if self.objectives:
-            loss = self._add_objectives(loss, inputs, outputs)
+            loss = self._add_objectives(loss, inputs, outputs, fused)
         return (loss, outputs) if return_outputs else loss
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
@@ -274,8 +277,8 @@ class TransferTrainer(Trainer):
     def _parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """Every level with and without weight decay, the head first (the rate that the Trainer logs is the first)."""
         assert self._levels is not None
-        decay = set(self.get_decay_parameter_names(model))
-        parameters = dict(model.named_parameters())
+        parameters = named_parameters(model)
+        decay = set(map(original_name, self.get_decay_parameter_names(model)))
         groups = []
         for depth, rate in self._rates(self._levels).items():
             names = [name for name, at in self._levels.depths.items() if at == depth]
@@ -338,24 +341,85 @@ class TransferTrainer(Trainer):
             raise ConfigurationError(f"frozen_prefix_cache: {readers[0]} reads hidden states that are not computed.")
         return dataset.add_column(EXAMPLE_INDEX, list(range(len(dataset))))
 
-    def _add_objectives(self, loss: torch.Tensor, inputs: Mapping[str, Any], outputs: Any) -> torch.Tensor:
-        self._term_sums["task"] += loss.detach()
-        loss = self.task_weight * loss
+    def _add_objectives(
+        self, loss: torch.Tensor, inputs: Mapping[str, Any], outputs: Any, fused: list[LinearLoss]
+    ) -> torch.Tensor:
+        """The weighted sum of the task's loss and all terms; a fused loss is the sum of the first two already."""
+        if not fused:
+            self._term_sums["task"] += loss.detach()
+            loss = self.task_weight * loss
         model = self.accelerator.unwrap_model(self.model)
         for objective in self.objectives:
-            term = objective(model, inputs, outputs, self._progress)
-            term = term * self._share(objective.averaged_over, inputs)
+            if fused and objective is self._distillation:
+                continue
+            term = self._shared(objective(model, inputs, outputs, self._progress), objective.averaged_over, inputs)
             self._term_sums[objective.name] += term.detach()
             loss = loss + objective.weight_at(self._progress) * term
         return loss
 
+    def _shared(self, mean: torch.Tensor, unit: str, inputs: Mapping[str, Any]) -> torch.Tensor:
+        """A micro-batch's mean times what it weighs in the step's; a mean over nothing, which is no number, is 0."""
+        share = self._share(unit, inputs)
+        return torch.where(share > 0, mean, 0.0) * share
+
     def _share(self, unit: str, inputs: Mapping[str, Any]) -> torch.Tensor:
         """What this micro-batch's mean weighs in the step's, times the number of ranks that DDP averages over."""
+        unit = "labels" if unit == "labels" else "examples"
+        count = self._count(inputs)[unit].to(self.args.device)
         if self._step_counts is None:
-            return torch.ones((), device=self.args.device)
-        count = self._count(inputs)["labels" if unit == "labels" else "examples"]
-        total = self._step_counts["labels" if unit == "labels" else "examples"]
-        return self.accelerator.num_processes * count.to(total.device) / total
+            return count.clamp(max=1)
+        return self.accelerator.num_processes * count / self._step_counts[unit].clamp(min=1)
+
+    # ---- the fused loss ----
+
+    @property
+    def _distillation(self) -> Distillation | None:
+        return next((each for each in self.objectives if isinstance(each, Distillation)), None)
+
+    def _head_to_fuse(self) -> LinearHead | None:
+        """The head to leave out of the model's forward, if nothing but the loss reads its logits."""
+        readers = [each.name for each in self.objectives if each.logits and not isinstance(each, Distillation)]
+        try:
+            if self.compute_loss_func is not None or self.label_smoother is not None:
+                raise ConfigurationError("compute_loss_func and label smoothing need the logits.")
+            if readers:
+                raise ConfigurationError(f"The objective {readers[0]} needs the logits.")
+            if self._distillation is not None:
+                self._distillation.fuse()
+            return LinearHead(self.model)
+        except ConfigurationError as error:
+            logger.warning("fused_loss is off: %s The logits of tokens x vocabulary are computed.", error)
+            return None
+
+    def _fused(self, inputs: Mapping[str, Any]) -> AbstractContextManager[list[LinearLoss]]:
+        """In it the model's loss is the weighted sum of the task's and the distillation's, if a head is left out."""
+        if self._head is None:
+            return nullcontext([])
+        return self._head.computing(partial(self._linear_loss, inputs))
+
+    def _linear_loss(
+        self, inputs: Mapping[str, Any], hidden: torch.Tensor, labels: torch.Tensor, items: torch.Tensor | int | None
+    ) -> LinearLoss:
+        assert self._head is not None
+        scored = labels != IGNORED
+        terms: dict[str, Any] = {}
+        distillation = self._distillation
+        if distillation is not None:
+            terms = distillation.linear_terms(inputs, self._progress)
+        fused = linear_distillation_loss(
+            hidden[scored],
+            self._head.weight,
+            labels[scored],
+            bias=self._head.bias,
+            task_weight=self.task_weight,
+            normalizer=items,
+            **terms,
+        )
+        ranks = self.accelerator.num_processes if items is not None and self.args.average_tokens_across_devices else 1
+        self._term_sums["task"] += ranks * fused.cross_entropy
+        if distillation is not None:
+            self._term_sums[distillation.name] += ranks * fused.divergence
+        return fused
 
     def _count_step(self, batches: list[Mapping[str, Any]], device: torch.device) -> dict[str, torch.Tensor]:
         counts = [self._count(batch) for batch in batches]
@@ -371,7 +435,7 @@ class TransferTrainer(Trainer):
         if not isinstance(labels, torch.Tensor):
             return {"examples": examples, "labels": examples}
         counted = labels[..., 1:] if self._loss_shifts_labels else labels
-        return {"examples": examples, "labels": counted.ne(-100).sum().float()}
+        return {"examples": examples, "labels": counted.ne(IGNORED).sum().float()}
 
     def _refuse_contradictions(self) -> None:
         names = ["task", *(objective.name for objective in self.objectives)]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from hf_transfer.depth import block_names, embedding_names, parameter_depths
+from hf_transfer.depth import block_names, embedding_names, named_parameters, parameter_depths
 from hf_transfer.errors import ConfigurationError
 from hf_transfer.schedules import UnfreezeSchedule, open_levels
 
@@ -75,7 +75,7 @@ class TrainableLevels:
 
     def plan(self, rates: dict[int, float], epochs: float) -> list[PlanRow]:
         """One row per level, top first, for a run of ``epochs`` with ``rates`` by depth."""
-        parameters = dict(self._model.named_parameters())
+        parameters = named_parameters(self._model)
         rows = []
         for level, depth in enumerate(self.levels):
             names = [name for name, at in self.depths.items() if at == depth]
@@ -88,7 +88,7 @@ class TrainableLevels:
         return self._schedule.opens_at(level, len(self.levels), epochs) if self._schedule is not None else 0.0
 
     def _open_from(self, lowest: int) -> None:
-        parameters = dict(self._model.named_parameters())
+        parameters = named_parameters(self._model)
         for name, depth in self.depths.items():
             parameters[name].requires_grad_(depth >= lowest)
         self.lowest_open = lowest

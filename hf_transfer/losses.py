@@ -1,0 +1,64 @@
+"""What a transformers model's own loss scores: which kind of prediction, per example or per token, shifted or not."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from hf_transfer.errors import ConfigurationError
+
+LossKind = Literal[
+    "classification", "token classification", "causal language model", "masked language model", "encoder-decoder"
+]
+
+_KINDS: dict[str, LossKind] = {
+    "ForSequenceClassification": "classification",
+    "ForImageClassification": "classification",
+    "ForVideoClassification": "classification",
+    "ForAudioClassification": "classification",
+    "ForTokenClassification": "token classification",
+    "ForCausalLM": "causal language model",
+    "ForMaskedLM": "masked language model",
+}
+# Their loss is ForCausalLMLoss, because no loss answers to their names; the Trainer takes them for classifiers.
+_CAUSAL_BY_DEFAULT = {
+    "BertGenerationDecoder",
+    "BertLMHeadModel",
+    "CTRLLMHeadModel",
+    "GPT2LMHeadModel",
+    "OpenAIGPTLMHeadModel",
+    "ReformerModelWithLMHead",
+}
+
+
+def transformer_in(model: nn.Module) -> PreTrainedModel:
+    """The transformers model that ``model`` is or wraps (PEFT, DDP).
+
+    Raises:
+        ConfigurationError: There is none.
+    """
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            return module
+    raise ConfigurationError(f"{type(model).__name__} is not a transformers model and wraps none.")
+
+
+def loss_kind(model: nn.Module) -> LossKind | None:
+    """What the model predicts, as far as its class tells; ``None`` for any other task.
+
+    ``"classification"`` gives one answer per example, be it one class, several, or a number.
+    """
+    core = transformer_in(model)
+    if type(core).__name__ in _CAUSAL_BY_DEFAULT:
+        return "causal language model"
+    loss_type = getattr(core, "loss_type", None) or ""
+    if loss_type.endswith("ForConditionalGeneration"):
+        return "encoder-decoder" if core.config.is_encoder_decoder else "causal language model"
+    return _KINDS.get(loss_type)
+
+
+def shifts_labels(model: nn.Module) -> bool:
+    """Whether position t is scored against label t + 1, as decoder-only language models do."""
+    return loss_kind(model) == "causal language model"

@@ -1,0 +1,232 @@
+"""Learning what a teacher predicts, in place of or beside the labels."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from hf_transfer.errors import ConfigurationError
+from hf_transfer.functional import (
+    Divergence,
+    bernoulli_divergence,
+    check_divergence,
+    divergence,
+    temperature_factor,
+)
+from hf_transfer.linear_head import LinearHead
+from hf_transfer.linear_loss import TeacherHead
+from hf_transfer.losses import loss_kind, shifts_labels, transformer_in
+from hf_transfer.objectives.base import Objective
+from hf_transfer.objectives.teacher import Teacher
+from hf_transfer.schedules import Schedule
+from hf_transfer.tasks import IGNORED
+
+logger = logging.getLogger(__name__)
+
+SHOWN = 4  # labels named in a message
+
+
+class Distillation(Objective):
+    """``T^2 KL(softmax(t / T) || softmax(s / T))``: the student s learns the teacher's t whole distribution (Hinton et
+    al. 2015).
+
+    With weight ``alpha`` beside a task's weight of ``1 - alpha`` it is the usual ``alpha T^2 KL + (1 - alpha) CE``;
+    ``DistillationTrainer(alpha=...)`` sets both. What is compared follows the head that student and teacher have:
+
+    - one class per example (text, image or audio): the distributions over the classes, mean over the examples,
+      those labelled -100 (unlabelled: the task's loss leaves them out) among them;
+    - several labels per example: two-way distributions label by label, mean over the labels;
+    - a number (``problem_type = "regression"``): ``(s - t)^2``, without temperature;
+    - one class per token, or the next token (decoders, encoder-decoders): the distributions at the positions whose label
+      is not -100, mean over those of the whole step; what is masked or padded counts for exactly nothing.
+
+    A teacher whose labels are the student's in another order is read in the student's order.
+
+    Args:
+        teacher: A transformers model with the same kind of head; it is frozen, stays in evaluation mode, in its own
+            precision (quantised too) and on its own device, and is saved nowhere. Objectives that are given the same
+            one share its forward pass.
+        weight: The paper's alpha.
+        temperature: T; Hinton et al. found 2.5 to 4 good for small students. The factor (T^2 for the KL divergences)
+            keeps the gradient's size when it changes.
+        divergence: ``forward_kl``, ``reverse_kl``, ``jensen_shannon``, ``total_variation`` or ``logit_mse``; see
+            :func:`hf_transfer.functional.divergence`.
+        beta: The teacher's share in the mixture of ``jensen_shannon``.
+        vocabulary: For language models with differently many tokens: how many leading token ids mean the same to both,
+            as ``shared_vocabulary(student_tokenizer, teacher_tokenizer)`` finds out.
+
+    Raises:
+        ConfigurationError: Unknown divergence, ``temperature`` not positive, ``beta`` outside (0, 1); once the model is
+            known, another kind of head, other labels, or another vocabulary.
+
+    Relations:
+        ``HiddenStateMatching`` and ``AttentionMatching`` teach what lies below the head;
+        ``CrossTokenizerDistillation`` takes a teacher that cuts texts into other tokens.
+
+    References:
+        Hinton et al. 2015, Distilling the Knowledge in a Neural Network, section 2. Agarwal et al. 2024 (GKD) for the
+        divergences.
+    """
+
+    name: ClassVar[str] = "distillation"
+
+    def __init__(
+        self,
+        teacher: nn.Module | Teacher,
+        *,
+        weight: float | Schedule = 0.5,
+        temperature: float = 2.0,
+        divergence: Divergence = "forward_kl",
+        beta: float = 0.5,
+        vocabulary: int | None = None,
+    ) -> None:
+        super().__init__(weight=weight)
+        check_divergence(divergence, temperature, beta)
+        self.teacher = Teacher.of(teacher)
+        self.temperature = temperature
+        self.divergence = divergence
+        self.beta = beta
+        self.vocabulary = vocabulary
+        self._order: list[int] | None = None
+        self._teacher_head: LinearHead | None = None
+
+    def prepare(self, model: nn.Module) -> None:
+        student, teacher = transformer_in(model), self.teacher.core
+        kinds = [loss_kind(each) for each in (student, teacher)]
+        if kinds[0] is None or kinds[0] != kinds[1]:
+            raise ConfigurationError(
+                f"teacher: {type(teacher).__name__} ({kinds[1] or 'another task'}) cannot teach "
+                f"{type(student).__name__} ({kinds[0] or 'another task'}): expected the same kind of prediction, with "
+                "a head over classes or tokens."
+            )
+        self.teacher.serve(self, model)
+        self._shifts = shifts_labels(student)
+        self.averaged_over = "examples" if kinds[0] == "classification" else "labels"
+        if kinds[0] in ("classification", "token classification"):
+            self._order = label_order(student.config, teacher.config)
+        else:
+            self.vocabulary = _common_vocabulary(student.config, teacher.config, self.vocabulary)
+
+    def forward(self, model: nn.Module, batch: Mapping[str, Any], outputs: Any, progress: float) -> Tensor:
+        student, teacher = self._positions(batch, outputs)
+        config = transformer_in(model).config
+        distance, factor = self._compared(config, student, teacher, kind=self.divergence, temperature=self.temperature)
+        return factor * distance.sum() / max(1, len(distance))
+
+    @torch.no_grad()
+    def agreement(self, model: nn.Module, batch: Mapping[str, Any], outputs: Any) -> Tensor:
+        """How near the student is to its teacher on one batch, for evaluation.
+
+        Returns:
+            float32 (B, 3): for each example how many answers are the teacher's (the most probable class, all of several
+            labels), the sum of KL(teacher || student) at temperature 1 (of a number: its squared distance), and the
+            number of answers.
+        """
+        config = transformer_in(model).config
+        student, teacher = self._positions(batch, outputs)
+        same = student.argmax(-1) == teacher.argmax(-1)
+        if config.problem_type == "multi_label_classification":
+            same = ((student > 0) == (teacher > 0)).all(-1)
+        distance, _ = self._compared(config, student, teacher, kind="forward_kl", temperature=1.0)
+        examples = self._kept(batch).nonzero()[:, 0] if self.averaged_over == "labels" else torch.arange(len(same))
+        counts = torch.zeros(len(outputs.logits), 3, device=student.device)
+        each = torch.stack([same.float(), distance.float(), torch.ones_like(distance)], 1)
+        return counts.index_add_(0, examples.to(counts.device), each)
+
+    def fuse(self) -> None:
+        """Get ready for :meth:`linear_terms`.
+
+        Raises:
+            ConfigurationError: The teacher's head cannot be left out of its forward.
+        """
+        self._teacher_head = LinearHead(self.teacher.model)
+
+    def linear_terms(self, batch: Mapping[str, Any], progress: float) -> dict[str, Any]:
+        """The arguments of :func:`hf_transfer.linear_loss.linear_distillation_loss` that are the teacher's: a row for
+        each position that is scored, in the order of the batch. Needs :meth:`fuse`."""
+        assert self._teacher_head is not None
+        head, device = self._teacher_head, batch["labels"].device
+        with head.skipped():
+            hidden = self.teacher(batch).logits[:, :-1][self._kept(batch)]
+        bias = None if head.bias is None else head.bias[: self.vocabulary].to(device)
+        return {
+            "teacher": TeacherHead(hidden, head.weight[: self.vocabulary].to(device), bias),
+            "teacher_weight": self.weight_at(progress),
+            "temperature": self.temperature,
+            "kind": self.divergence,
+            "beta": self.beta,
+        }
+
+    def _kept(self, batch: Mapping[str, Any]) -> Tensor:
+        """Which positions are scored (B, T), or (B, T - 1) where labels are shifted."""
+        labels = batch["labels"][:, 1:] if self._shifts else batch["labels"]
+        return labels != IGNORED
+
+    def _positions(self, batch: Mapping[str, Any], outputs: Any) -> tuple[Tensor, Tensor]:
+        """The logits to compare, (N, C) each: of every example, or of every token that is scored."""
+        student, teacher = outputs.logits, self.teacher(batch).logits.to(outputs.logits.device)
+        if self.averaged_over == "labels":
+            if self._shifts:
+                student, teacher = student[:, :-1], teacher[:, :-1]
+            kept = self._kept(batch)
+            student, teacher = student[kept], teacher[kept]
+        if self._order is not None:
+            return student, teacher[:, self._order]
+        return student[:, : self.vocabulary], teacher[:, : self.vocabulary]
+
+    def _compared(
+        self, config: PreTrainedConfig, student: Tensor, teacher: Tensor, *, kind: Divergence, temperature: float
+    ) -> tuple[Tensor, float]:
+        """The distance at each of the N positions, and the factor that makes up for the temperature."""
+        problem = config.problem_type if self.averaged_over == "examples" else None
+        if problem == "regression":
+            kind = "logit_mse"
+        compare = bernoulli_divergence if problem == "multi_label_classification" else divergence
+        distance = compare(student, teacher, kind=kind, temperature=temperature, beta=self.beta)
+        return distance, temperature_factor(kind, temperature)
+
+
+def label_order(student: PreTrainedConfig, teacher: PreTrainedConfig) -> list[int] | None:
+    """The teacher's place of each of the student's labels; ``None`` where they stand in the same order.
+
+    Labels are compared by name. Names that transformers made up (LABEL_0) say nothing: then the numbers must do.
+
+    Raises:
+        ConfigurationError: The two have other labels, or not the same number of them.
+    """
+    ours, theirs = (
+        [str(config.id2label[index]) for index in range(config.num_labels)] for config in (student, teacher)
+    )
+    named = not any(names == [f"LABEL_{index}" for index in range(len(names))] for names in (ours, theirs))
+    if len(ours) != len(theirs) or (named and sorted(ours) != sorted(theirs)):
+        raise ConfigurationError(
+            f"teacher: its {len(theirs)} labels are {_listed(theirs, ours)}; expected the student's {len(ours)}: "
+            f"{_listed(ours, theirs)}."
+        )
+    if not named or ours == theirs:
+        return None
+    logger.warning("The teacher's labels stand in another order: its %s are read as %s.", theirs, ours)
+    return [theirs.index(name) for name in ours]
+
+
+def _listed(names: list[str], others: list[str]) -> str:
+    """Those first that the others lack."""
+    ordered = sorted(names, key=lambda name: name in others)
+    return ", ".join(f"'{name}'" for name in ordered[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+
+
+def _common_vocabulary(student: PreTrainedConfig, teacher: PreTrainedConfig, shared: int | None) -> int:
+    ours, theirs = (config.get_text_config().vocab_size for config in (student, teacher))
+    if ours != theirs and shared is not None:
+        return min(ours, theirs, shared)
+    if ours != theirs:
+        raise ConfigurationError(
+            f"teacher: its vocabulary has {theirs:,} tokens, the student's {ours:,}. Expected the same, or how many of "
+            "them both share: vocabulary=shared_vocabulary(student_tokenizer, teacher_tokenizer)."
+        )
+    return ours

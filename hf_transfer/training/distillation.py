@@ -1,0 +1,143 @@
+"""Knowledge distillation as a trainer: the loss of Hinton et al. 2015, and how near the student is to its teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
+
+from hf_transfer.errors import ConfigurationError
+from hf_transfer.functional import Divergence
+from hf_transfer.losses import shifts_labels
+from hf_transfer.models import ModelSpec, load_tokenizer, load_trained
+from hf_transfer.objectives.base import Objective
+from hf_transfer.objectives.distillation import Distillation
+from hf_transfer.training.trainer import TransferTrainer
+from hf_transfer.vocabularies import shared_vocabulary
+
+if TYPE_CHECKING:
+    from torch.utils.data import DataLoader
+
+
+class DistillationTrainer(TransferTrainer):
+    """``TransferTrainer`` with the loss ``alpha T^2 KL(teacher || student) + (1 - alpha) task``.
+
+    For every head that :class:`~hf_transfer.objectives.Distillation` knows. Evaluation reports the task's loss, hence
+    compares with a training without teacher, and beside it ``eval_teacher_agreement`` (the share of answers that are
+    the teacher's) and ``eval_teacher_kl`` (at temperature 1; for a regression ``eval_teacher_mse``).
+
+    Args:
+        model: The student. ``student_from(teacher, layers=...)`` makes one from the teacher's own layers.
+        args: As for ``Trainer``.
+        teacher: A model that is trained for the same task, or its Hub id or folder.
+        alpha: Weight of the teacher's distribution, in [0, 1]; the labels get ``1 - alpha``. At 1 they are not used.
+        temperature: See ``Distillation``.
+        divergence: See ``Distillation``.
+        beta: See ``Distillation``.
+        teacher_tokenizer: Compared with ``processing_class`` token by token, where both are given; read from the
+            teacher's folder where that is given.
+        compare_to_teacher: Whether evaluation runs the teacher too.
+        fused_loss: See ``TransferTrainer``; by default on for causal language models.
+        objectives: Further terms.
+        **options: As for ``TransferTrainer``, except ``task_weight``, which is ``1 - alpha``.
+
+    Raises:
+        ConfigurationError: ``alpha`` outside [0, 1], no teacher, and what ``Distillation`` refuses.
+
+    Example:
+        >>> trainer = DistillationTrainer(student, args, teacher=teacher, alpha=0.7, temperature=3, train_dataset=rows)
+        >>> trainer.train()
+
+    References:
+        Hinton et al. 2015, Distilling the Knowledge in a Neural Network.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: TrainingArguments | None = None,
+        *,
+        teacher: nn.Module | str | Path,
+        alpha: float = 0.5,
+        temperature: float = 2.0,
+        divergence: Divergence = "forward_kl",
+        beta: float = 0.5,
+        teacher_tokenizer: PreTrainedTokenizerBase | None = None,
+        compare_to_teacher: bool = True,
+        fused_loss: bool | None = None,
+        objectives: Iterable[Objective] = (),
+        **options: Any,
+    ) -> None:
+        if not 0 <= alpha <= 1:
+            raise ConfigurationError(f"alpha = {alpha}: expected a share between 0 (labels only) and 1 (teacher only).")
+        if "task_weight" in options:
+            raise ConfigurationError("task_weight is 1 - alpha: give alpha alone.")
+        if model is None:
+            raise ConfigurationError("A teacher is compared with one student: pass 'model', not 'model_init'.")
+        if isinstance(teacher, (str, Path)):
+            spec = ModelSpec(str(teacher))
+            teacher = load_trained(spec)
+            if teacher_tokenizer is None and isinstance(options.get("processing_class"), PreTrainedTokenizerBase):
+                teacher_tokenizer = load_tokenizer(spec)
+        self.compare_to_teacher = compare_to_teacher
+        self._counts: torch.Tensor | None = None
+        self.distillation = Distillation(
+            teacher,
+            weight=alpha,
+            temperature=temperature,
+            divergence=divergence,
+            beta=beta,
+            vocabulary=_vocabulary(options.get("processing_class"), teacher_tokenizer),
+        )
+        super().__init__(
+            model,
+            args,
+            objectives=[self.distillation, *objectives],
+            task_weight=1 - alpha,
+            fused_loss=shifts_labels(model) if fused_loss is None else fused_loss,
+            **options,
+        )
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if self.compare_to_teacher and not model.training:
+            counts = self.distillation.agreement(self.accelerator.unwrap_model(model), inputs, outputs)
+            total = self.accelerator.gather_for_metrics(counts).double().sum(0)
+            self._counts = total if self._counts is None else self._counts + total
+        return (loss, outputs) if return_outputs else loss
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        self._counts = None
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        if self._counts is not None and output.metrics is not None:
+            same, distance, answers = self._counts.tolist()
+            number = self.distillation.teacher.core.config.problem_type == "regression"
+            output.metrics[f"{metric_key_prefix}_teacher_{'mse' if number else 'kl'}"] = distance / max(1.0, answers)
+            if not number:
+                output.metrics[f"{metric_key_prefix}_teacher_agreement"] = same / max(1.0, answers)
+        return output
+
+
+def _vocabulary(student: Any, teacher: PreTrainedTokenizerBase | None) -> int | None:
+    """How many token ids mean the same to both, where that can be told; refuses tokenizers that differ."""
+    if not isinstance(student, PreTrainedTokenizerBase) or teacher is None:
+        return None
+    return shared_vocabulary(student, teacher)
