@@ -56,10 +56,9 @@ def add_teacher_tokens(
                 f"{side}_tokenizer: {type(tokenizer).__name__} cannot tell which characters a token stands for. "
                 "Expected a fast tokenizer."
             )
-    if not 2 <= max_length <= student_tokenizer.model_max_length:
-        raise ConfigurationError(
-            f"max_length = {max_length}: expected 2 to {student_tokenizer.model_max_length}, the most the student takes."
-        )
+    most = student_tokenizer.model_max_length
+    if not 2 <= max_length <= most:
+        raise ConfigurationError(f"max_length = {max_length}: expected 2 to {most}, the most the student takes.")
     done = rows.map(
         _twice,
         batched=True,
@@ -104,7 +103,9 @@ class TeacherCollator:
                 f"TeacherCollator: {type(self.base).__name__} made {len(batch['input_ids'])} rows of {len(rows)}. "
                 "Expected a collator that pads, such as DataCollatorForTokenClassification."
             )
-        ids, ours, theirs = ([torch.as_tensor(row[name], dtype=torch.long) for row in rows] for name in TEACHER_COLUMNS)
+        ids, ours, theirs = (
+            [torch.as_tensor(row[name], dtype=torch.long) for row in rows] for name in TEACHER_COLUMNS
+        )
         if "attention_mask" in batch:
             first = batch["attention_mask"].argmax(dim=1)  # not 0 where padding is on the left
             ours = [positions + start for positions, start in zip(ours, first, strict=True)]
