@@ -141,16 +141,15 @@ class CrossTokenizerDistillation(Objective):
 def universal_logit_distance(
     student_logits: torch.Tensor, teacher_logits: torch.Tensor, *, temperature: float = 1.0
 ) -> torch.Tensor:
-    """``sum_i |p_(i) - q_(i)|`` over ranks; ``p_(1) >= p_(2) >= ...`` is the student's distribution, ``q`` the teacher's.
+    """``sum_i |p_(i) - q_(i)|`` over ranks, ``p`` the student's and ``q`` the teacher's probabilities in falling order.
 
-    The smaller vocabulary is filled up with zeros (ULD: Boizard et al. 2024, eq. 3). It is the Wasserstein distance of
-    two distributions if moving between any two tokens costs the same, minimised over who is who: 0 for a permutation,
-    2 at most. It compares how sure the models are, and of how many choices, not of which.
+    The smaller vocabulary is filled up with zeros (ULD: Boizard et al. 2024, eq. 3). It is 0 for the same distribution
+    over other tokens and below 2 always: it compares how sure the models are, and of how many choices, not of which.
 
-    Rows are sorted in full: over 128,256 tokens that is a quarter of the time of the head that made the logits (hidden
-    size 2048, one core), and the leading ranks alone would miss most of what an untrained student spreads out. It is
-    done some rows at a time in float32 (float64 stays), and the gradient is computed on the way, so that one matrix of
-    the logits' size and type is kept for the backward pass instead of probabilities, ranks and differences.
+    Rows are sorted in full: over 128,256 tokens that is about a quarter of the time of the head that made the logits
+    (hidden size 2048, one core), and the leading ranks alone would miss most of what an untrained student spreads out.
+    It is done some rows at a time in float32 (float64 stays), and the gradient is computed on the way, so that one
+    matrix of the logits' size and type is kept for the backward pass instead of probabilities, ranks and differences.
 
     Args:
         student_logits: (N, V_student).
