@@ -13,7 +13,22 @@ from hf_transfer.errors import ConfigurationError
 from hf_transfer.vocabularies import aligned_positions, shared_vocabulary
 from tests.tokenizers_of import byte_level, pairs_by_text, sentence_piece, word_piece
 
-PIECES = ["the ", "cat", " ", "é", "e\u0301", "🎉", "👨\u200d👩\u200d👧", "日本", "\n", "th", ", ", "ñandú ", "Hello", "  "]
+PIECES = [
+    "the ",
+    "cat",
+    " ",
+    "é",
+    "e\u0301",
+    "🎉",
+    "👨\u200d👩\u200d👧",
+    "日本",
+    "\n",
+    "th",
+    ", ",
+    "ñandú ",
+    "Hello",
+    "  ",
+]
 
 
 def word_level(words: list[str], **options) -> PreTrainedTokenizerFast:

@@ -141,7 +141,7 @@ class CrossTokenizerDistillation(Objective):
 def universal_logit_distance(
     student_logits: torch.Tensor, teacher_logits: torch.Tensor, *, temperature: float = 1.0
 ) -> torch.Tensor:
-    """``sum_i |p_(i) - q_(i)|`` over ranks, ``p`` the student's and ``q`` the teacher's probabilities in falling order.
+    """``sum_i |p_(i) - q_(i)|`` over ranks: ``p`` the student's, ``q`` the teacher's probabilities in falling order.
 
     The smaller vocabulary is filled up with zeros (ULD: Boizard et al. 2024, eq. 3). It is 0 for the same distribution
     over other tokens and below 2 always: it compares how sure the models are, and of how many choices, not of which.
