@@ -14,11 +14,12 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
 
-from hf_transfer.objectives import L2SP, Distillation
+from hf_transfer.data.teacher_tokens import TeacherCollator
+from hf_transfer.objectives import L2SP, CrossTokenizerDistillation, Distillation
 from hf_transfer.schedules import GradualUnfreeze, Ramp
 from hf_transfer.training.trainer import TransferTrainer
 from tests.objectives import Critic, SoftTargets, TokenEntropy
-from tests.tiny import arguments, collate, language_rows, text_rows, tiny_bert, tiny_llama
+from tests.tiny import arguments, collate, language_rows, teacher_rows, text_rows, tiny_bert, tiny_llama
 
 
 class Recorder(TrainerCallback):
@@ -81,7 +82,24 @@ def distilled_language_model() -> dict:
     }
 
 
-CASE_FUNCTIONS = (everything_on, full_fine_tuning, causal_language_model, gpt2, distilled_language_model)
+def cross_tokenizer() -> dict:
+    """A teacher of another vocabulary, compared at from none to all positions of a row."""
+    return {
+        "model": tiny_llama(),
+        "train_dataset": teacher_rows(),
+        "objectives": [CrossTokenizerDistillation(tiny_llama(seed=5, layers=1, vocab_size=90), span_weight=0.5)],
+        "data_collator": TeacherCollator(collate),
+    }
+
+
+CASE_FUNCTIONS = (
+    everything_on,
+    full_fine_tuning,
+    causal_language_model,
+    gpt2,
+    distilled_language_model,
+    cross_tokenizer,
+)
 CASES = {case.__name__: case for case in CASE_FUNCTIONS}
 
 
@@ -99,7 +117,7 @@ def train(case: str, folder: Path, *, batch: int, accumulate: int, examples: int
             adam_epsilon=1e-2,
             **options.pop("arguments", {}),
         ),
-        data_collator=collate,
+        data_collator=options.pop("data_collator", collate),
         callbacks=[recorder],
         **options,
     )

@@ -36,11 +36,11 @@ def tiny_bert(*, num_labels: int = 3, layers: int = 3, seed: int = 0, dropout: f
     )
 
 
-def tiny_llama(*, layers: int = 3, seed: int = 0, **config: Any):
+def tiny_llama(*, layers: int = 3, seed: int = 0, vocab_size: int = VOCABULARY, **config: Any):
     torch.manual_seed(seed)
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=VOCABULARY,
+            vocab_size=vocab_size,
             hidden_size=16,
             num_hidden_layers=layers,
             num_attention_heads=2,
@@ -74,6 +74,27 @@ def language_rows(count: int = 32, *, seed: int = 0) -> Dataset:
     """Token rows of 3 to 12 tokens to continue, some of whose labels are masked."""
     rows = text_rows(count, seed=seed).remove_columns(["labels"])
     return rows.map(lambda row: {"labels": [-100 if token % 5 == 0 else token for token in row["input_ids"]]})
+
+
+def teacher_rows(count: int = 32, *, seed: int = 0) -> Dataset:
+    """``language_rows`` with 2 to 15 tokens of a teacher, 90 in its vocabulary, and 0 or more aligned positions."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def ascending(length: int, count: int) -> list[int]:
+        return sorted(torch.randperm(length, generator=generator)[:count].tolist())
+
+    def add(row: dict[str, Any]) -> dict[str, Any]:
+        length = int(torch.randint(2, 16, (1,), generator=generator))
+        most = min(length, len(row["input_ids"]) - 1)
+        aligned = int(torch.randint(0, most + 1, (1,), generator=generator))
+        return {
+            "teacher_input_ids": torch.randint(1, 90, (length,), generator=generator).tolist(),
+            "aligned_student": ascending(len(row["input_ids"]) - 1, aligned),
+            "aligned_teacher": ascending(length, aligned),
+        }
+
+    rows = [row | add(row) for row in language_rows(count, seed=seed).remove_columns(["domain"]).to_list()]
+    return Dataset.from_list(rows)
 
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:

@@ -88,11 +88,16 @@ def blocks(batch: Columns, *, tokenizer: PreTrainedTokenizerBase, length: int) -
     return _language_rows(rows) | {LOST: [lost if row is rows[-1] else 0 for row in rows]}
 
 
-def _document_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Documents as the tokenizer marks them, or closed by its end-of-text token where it marks nothing (GPT-2, Qwen):
-    either way the model sees where one ends. Blank texts are left out."""
+def document_end(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What closes a document so that the model sees where it ends: nothing where the tokenizer marks documents itself,
+    else its end-of-text token (GPT-2, Qwen)."""
     marks_documents = bool(tokenizer("")["input_ids"])
-    end = [] if marks_documents or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return [] if marks_documents or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+
+def _document_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Documents with their ends marked. Blank texts are left out."""
+    end = document_end(tokenizer)
     texts = [text for text in texts if text.strip()]
     return [ids + end for ids in tokenizer(texts, verbose=False)["input_ids"]] if texts else []
 

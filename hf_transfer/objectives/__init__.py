@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from hf_transfer.objectives.base import Objective
+from hf_transfer.objectives.cross_tokenizer import CrossTokenizerDistillation
 from hf_transfer.objectives.distillation import Distillation
 from hf_transfer.objectives.forgetting import L2SP
 
 OBJECTIVES: dict[str, type[Objective]] = {objective.name: objective for objective in (L2SP,)}
 """What a recipe's ``objectives:`` section can name."""
 
-__all__ = ["L2SP", "OBJECTIVES", "Distillation", "Objective"]
+__all__ = ["L2SP", "OBJECTIVES", "CrossTokenizerDistillation", "Distillation", "Objective"]
