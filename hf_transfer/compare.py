@@ -28,8 +28,8 @@ class CompareRecipe(Recipe):
     """The same model and data trained in several ways, each with several seeds.
 
     Every run has a folder of its own and is not repeated once it is finished, so a comparison that was interrupted, or
-    that has gained arms or seeds, is continued with ``--resume``. A seed decides the new head, the order of the examples and which examples are drawn
-    (``data.seed``), and is the same for all arms.
+    that has gained arms or seeds, is continued with ``--resume``. A seed decides the new head, the order of the
+    examples and which examples are drawn (``data.seed``), and is the same for all arms.
 
     Args:
         arms: Overrides by name of the arm, ``recipe`` among them. An arm's ``search`` lists values by dotted option;

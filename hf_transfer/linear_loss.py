@@ -19,11 +19,9 @@ from hf_transfer.linear_blocks import (
     forward_kl_block,
 )
 from hf_transfer.targets import Samples, TopK
+from hf_transfer.tasks import IGNORED
 
 _CACHED = 2**17  # numbers; four blocks of float32 in 2 MiB
-
-IGNORED = -100
-"""The label of a row that has nothing to predict."""
 
 
 class TeacherHead(NamedTuple):

@@ -78,9 +78,7 @@ def test_one_class_per_example_labelled_or_not():
 def test_several_labels_per_example():
     student, teacher = pair(lambda seed: tiny_bert(seed=seed, problem_type="multi_label_classification"))
     batch = {"input_ids": torch.randint(4, 60, (5, 7)), "labels": torch.randint(0, 2, (5, 3)).float()}
-    two_way = [
-        torch.stack([model(batch["input_ids"]).logits, torch.zeros(5, 3)], -1) for model in (student, teacher)
-    ]
+    two_way = [torch.stack([model(batch["input_ids"]).logits, torch.zeros(5, 3)], -1) for model in (student, teacher)]
     assert term(student, teacher, batch).item() == pytest.approx(kl(*two_way, 3.0).mean().item(), rel=1e-5)
 
 
@@ -245,9 +243,7 @@ def assert_same_training(one, other, *, rel: float = 2e-5):
 def gpt2(seed: int = 0):
     torch.manual_seed(seed)
     sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32}
-    return GPT2LMHeadModel(
-        GPT2Config(vocab_size=VOCABULARY, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **sizes)
-    )
+    return GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **sizes))
 
 
 ADAM = {"arguments": {"adam_epsilon": 1e-2}}  # where a gradient is nearly zero, Adam alone would double the rounding
@@ -381,9 +377,9 @@ def test_evaluation_of_a_language_model_counts_tokens(tmp_path):
     batch = collate([rows[row] for row in range(5)])
     expected = causal_reference(student, teacher, batch, 1.0)
     assert found["eval_teacher_kl"] == pytest.approx(expected.item(), rel=1e-5)
-    assert "eval_teacher_kl" not in DistillationTrainer(
-        student, settings, compare_to_teacher=False, **options
-    ).evaluate()
+    assert (
+        "eval_teacher_kl" not in DistillationTrainer(student, settings, compare_to_teacher=False, **options).evaluate()
+    )
 
 
 def test_a_step_without_any_label_learns_from_the_teacher_alone(tmp_path):
@@ -455,7 +451,10 @@ def test_a_recipe_distils_one_folder_into_another(values, tmp_path):
     log = (result.folder / "log_history.json").read_text()
     assert "distillation_loss" in log
     assert "task_loss" in log
-    assert all(torch.equal(value, before[name]) for name, value in load_file(tmp_path / "teacher" / "model.safetensors").items())
+    assert all(
+        torch.equal(value, before[name])
+        for name, value in load_file(tmp_path / "teacher" / "model.safetensors").items()
+    )
     assert len(load_file(result.folder / "model.safetensors")) < len(before), "the student, one block of three"
 
 

@@ -42,8 +42,8 @@ class Distillation(Objective):
       those labelled -100 (unlabelled: the task's loss leaves them out) among them;
     - several labels per example: two-way distributions label by label, mean over the labels;
     - a number (``problem_type = "regression"``): ``(s - t)^2``, without temperature;
-    - one class per token, or the next token (decoders, encoder-decoders): the distributions at the positions whose label
-      is not -100, mean over those of the whole step; what is masked or padded counts for exactly nothing.
+    - one class per token, or the next token (decoders, encoder-decoders): the distributions at the positions whose
+      label is not -100, mean over those of the whole step; what is masked or padded counts for exactly nothing.
 
     A teacher whose labels are the student's in another order is read in the student's order.
 
@@ -61,8 +61,8 @@ class Distillation(Objective):
             as ``shared_vocabulary(student_tokenizer, teacher_tokenizer)`` finds out.
 
     Raises:
-        ConfigurationError: Unknown divergence, ``temperature`` not positive, ``beta`` outside (0, 1); once the model is
-            known, another kind of head, other labels, or another vocabulary.
+        ConfigurationError: Unknown divergence, ``temperature`` not positive, ``beta`` outside (0, 1); once the model
+            is known, another kind of head, other labels, or another vocabulary.
 
     Relations:
         ``HiddenStateMatching`` and ``AttentionMatching`` teach what lies below the head;
@@ -123,9 +123,9 @@ class Distillation(Objective):
         """How near the student is to its teacher on one batch, for evaluation.
 
         Returns:
-            float32 (B, 3): for each example how many answers are the teacher's (the most probable class, all of several
-            labels), the sum of KL(teacher || student) at temperature 1 (of a number: its squared distance), and the
-            number of answers.
+            float32 (B, 3): for each example how many answers are the teacher's (the most probable class, all of
+            several labels), the sum of KL(teacher || student) at temperature 1 (of a number: its squared distance),
+            and the number of answers.
         """
         config = transformer_in(model).config
         student, teacher = self._positions(batch, outputs)
@@ -226,7 +226,7 @@ def _common_vocabulary(student: PreTrainedConfig, teacher: PreTrainedConfig, sha
         return min(ours, theirs, shared)
     if ours != theirs:
         raise ConfigurationError(
-            f"teacher: its vocabulary has {theirs:,} tokens, the student's {ours:,}. Expected the same, or how many of "
-            "them both share: vocabulary=shared_vocabulary(student_tokenizer, teacher_tokenizer)."
+            f"teacher: its vocabulary has {theirs:,} tokens, the student's {ours:,}. Expected the same, or how many "
+            "both share: vocabulary=shared_vocabulary(student_tokenizer, teacher_tokenizer)."
         )
     return ours

@@ -74,7 +74,9 @@ class DistillationTrainer(TransferTrainer):
         **options: Any,
     ) -> None:
         if not 0 <= alpha <= 1:
-            raise ConfigurationError(f"alpha = {alpha}: expected a share between 0 (labels only) and 1 (teacher only).")
+            raise ConfigurationError(
+                f"alpha = {alpha}: expected a share between 0 (labels only) and 1 (teacher only)."
+            )
         if "task_weight" in options:
             raise ConfigurationError("task_weight is 1 - alpha: give alpha alone.")
         if model is None:

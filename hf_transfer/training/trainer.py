@@ -33,6 +33,8 @@ from hf_transfer.training.scaffold import Scaffold
 from hf_transfer.training.unfreezing import PlanRow, TrainableLevels, format_plan
 
 logger = logging.getLogger(__name__)
+
+
 class TransferTrainer(Trainer):
     """``Trainer`` whose loss is ``task_weight * task + sum_i weight_i * objective_i``.
 
@@ -60,8 +62,8 @@ class TransferTrainer(Trainer):
             ``unfreeze``, a ``datasets.Dataset``, and a collator that makes the same of an example each time.
         frozen_prefix_dtype: What is stored there; ``"float32"`` trains as without the cache, for twice the disk.
         fused_loss: Compute the loss of a causal language model, and a ``Distillation`` among the objectives, from the
-            last hidden states a few rows at a time, so that the logits of tokens x vocabulary are never held. Where the
-            model or another objective does not allow it, a warning says why and the logits are computed.
+            last hidden states a few rows at a time, so that the logits of tokens x vocabulary are never held. Where
+            the model or another objective does not allow it, a warning says why and the logits are computed.
         **trainer_arguments: As for ``Trainer``: ``train_dataset``, ``eval_dataset``, ``processing_class``, ...
 
     Raises:
