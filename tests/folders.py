@@ -37,6 +37,17 @@ def write_encoder(folder: Path, **config: Any) -> Path:
     return folder
 
 
+def write_classifier(folder: Path, **config: Any) -> Path:
+    """A BERT that was trained for the labels of ``sentiment_rows``."""
+    labels = {0: "no", 1: "yes"}
+    model = tiny_bert(
+        id2label=labels, label2id={name: index for index, name in labels.items()}, num_labels=2, **config
+    )
+    model.save_pretrained(folder)
+    write_tokenizer(folder)
+    return folder
+
+
 def write_decoder(folder: Path) -> Path:
     tiny_llama().save_pretrained(folder)
     write_tokenizer(folder, max_length=64)

@@ -30,7 +30,7 @@ from hf_transfer.objectives import L2SP, Distillation
 from hf_transfer.recipe import Recipe
 from hf_transfer.training.distillation import DistillationTrainer
 from hf_transfer.training.trainer import TransferTrainer
-from tests.folders import write_decoder, write_encoder, write_sentiment
+from tests.folders import write_classifier, write_decoder, write_encoder, write_sentiment
 from tests.objectives import TokenEntropy
 from tests.tiny import VOCABULARY, arguments, collate, language_rows, text_rows, tiny_bert, tiny_llama
 
@@ -170,6 +170,13 @@ def test_labels_in_another_order_are_read_in_the_students(caplog):
     assert "stand in another order" in caplog.text
 
 
+def test_capital_letters_make_no_other_label(caplog):
+    student, teacher = (with_labels(tiny_bert(num_labels=2), *names) for names in (("no", "yes"), ("NO", "YES")))
+    with caplog.at_level(logging.WARNING):
+        Distillation(teacher).prepare(student)
+    assert not caplog.records
+
+
 def test_a_longer_vocabulary_is_compared_where_both_mean_the_same():
     student, teacher = tiny_llama().eval(), tiny_llama(seed=5).eval()
     teacher.resize_token_embeddings(VOCABULARY + 4, mean_resizing=False)
@@ -192,7 +199,7 @@ REFUSED = {
     ),
     "another number of labels": (
         lambda: Distillation(tiny_bert(num_labels=4)).prepare(tiny_bert()),
-        r"its 4 labels are 'LABEL_3'.*expected the student's 3",
+        r"its 4 labels are 'label_3'.*expected the student's 3",
     ),
     "other labels": (
         lambda: Distillation(with_labels(tiny_bert(), "a", "b", "x")).prepare(with_labels(tiny_bert(), "a", "b", "c")),
@@ -421,15 +428,10 @@ def test_a_student_comes_to_agree_with_its_teacher(tmp_path):
 
 @pytest.fixture
 def values(tmp_path):
-    teacher = tiny_bert(num_labels=2, seed=5)
-    with_labels(teacher, "no", "yes").save_pretrained(tmp_path / "teacher")
-    write_encoder(tmp_path / "student", layers=1)
-    for file in (tmp_path / "student").glob("tokenizer*"):
-        (tmp_path / "teacher" / file.name).write_bytes(file.read_bytes())
     return {
         "recipe": "distillation",
-        "model": {"name": str(tmp_path / "student")},
-        "teacher": {"name": str(tmp_path / "teacher")},
+        "model": {"name": str(write_encoder(tmp_path / "student", layers=1))},
+        "teacher": {"name": str(write_classifier(tmp_path / "teacher", seed=5))},
         "data": {"path": "json", "data_files": write_sentiment(tmp_path / "data")},
         "training": {
             "output_dir": str(tmp_path / "run"),

@@ -12,7 +12,7 @@ import yaml
 from hf_transfer.compare import CompareRecipe
 from hf_transfer.recipe import RECIPES, Recipe, TrainingRecipe
 from hf_transfer.schema import merge
-from tests.folders import sentiment_rows, write_decoder, write_encoder, write_rows
+from tests.folders import sentiment_rows, write_classifier, write_decoder, write_encoder, write_rows
 
 ROOT = Path(__file__).parent.parent
 PATHS = sorted((ROOT / "recipes").rglob("*.yaml"))
@@ -28,10 +28,12 @@ def tiny(values: dict[str, Any], folder: Path) -> dict[str, Any]:
     for place, (split, size) in enumerate(sizes.items()):
         rows = [{columns[role]: row[role] for role in row} for row in sentiment_rows(size, start=10_000 * place)]
         files[split] = str(write_rows(folder / f"{split}.jsonl", rows))
+    teacher = {"teacher": {"name": str(write_classifier(folder / "teacher"))}} if "teacher" in values else {}
     lengths = {name: 32 for name in ("max_length", "block_size") if name in values["data"]}
     return merge(
         values,
         {
+            **teacher,
             "model": {"name": str(model)},
             "data": {"path": "json", "name": None, "data_files": files, **lengths},
             "training": {"output_dir": str(folder / "run"), "use_cpu": True},

@@ -194,15 +194,16 @@ class Distillation(Objective):
 def label_order(student: PreTrainedConfig, teacher: PreTrainedConfig) -> list[int] | None:
     """The teacher's place of each of the student's labels; ``None`` where they stand in the same order.
 
-    Labels are compared by name. Names that transformers made up (LABEL_0) say nothing: then the numbers must do.
+    Labels are compared by name, in small or capital letters. Names that transformers made up (LABEL_0) say nothing:
+    then the numbers must do.
 
     Raises:
         ConfigurationError: The two have other labels, or not the same number of them.
     """
     ours, theirs = (
-        [str(config.id2label[index]) for index in range(config.num_labels)] for config in (student, teacher)
+        [str(config.id2label[index]).lower() for index in range(config.num_labels)] for config in (student, teacher)
     )
-    named = not any(names == [f"LABEL_{index}" for index in range(len(names))] for names in (ours, theirs))
+    named = not any(names == [f"label_{index}" for index in range(len(names))] for names in (ours, theirs))
     if len(ours) != len(theirs) or (named and sorted(ours) != sorted(theirs)):
         raise ConfigurationError(
             f"teacher: its {len(theirs)} labels are {_listed(theirs, ours)}; expected the student's {len(ours)}: "
