@@ -39,10 +39,7 @@ def write_encoder(folder: Path, **config: Any) -> Path:
 
 def write_classifier(folder: Path, **config: Any) -> Path:
     """A BERT that was trained for the labels of ``sentiment_rows``."""
-    labels = {0: "no", 1: "yes"}
-    model = tiny_bert(
-        id2label=labels, label2id={name: index for index, name in labels.items()}, num_labels=2, **config
-    )
+    model = tiny_bert(num_labels=2, id2label={0: "no", 1: "yes"}, label2id={"no": 0, "yes": 1}, **config)
     model.save_pretrained(folder)
     write_tokenizer(folder)
     return folder
