@@ -181,7 +181,7 @@ def span_log_probabilities(logits: torch.Tensor, input_ids: torch.Tensor, positi
     tokens = torch.arange(1, length, device=positions.device).expand(rows, -1)
     span = torch.searchsorted(bounds, tokens.contiguous())  # 0: before the first position; A: after the last
     sums = each.new_zeros(rows, positions.shape[1] + 1).scatter_add(1, span, each.view(rows, -1))
-    return sums[:, 1:-1]
+    return sums[:, 1:-1].masked_fill(positions[:, 1:] < 0, 0.0)
 
 
 class _SortedDistance(torch.autograd.Function):
