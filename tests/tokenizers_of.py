@@ -80,20 +80,10 @@ def word_piece() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[SEP]")
 
 
-def bytes_of(token: str) -> bytes:
-    """What a token of ``byte_level`` or of a SentencePiece-like tokenizer says."""
-    if token in ("<s>", "</s>", "<|end|>"):
-        return b""
-    if fallback := re.fullmatch("<0x(..)>", token):
-        return bytes.fromhex(fallback[1])
-    if all(character in BYTES for character in token):
-        return bytes(BYTES[character] for character in token)
-    return token.replace("▁", " ").encode()
-
-
 def positions_by_text(tokenizer: PreTrainedTokenizerFast, text: str) -> dict[bytes, int]:
     """What has been read, in whole characters -> the first position that has read it, told from the tokens alone."""
-    said = [bytes_of(token) for token in tokenizer.convert_ids_to_tokens(tokenizer(text)["input_ids"])]
+    bytes_of = _sentence_piece_bytes if "<0x00>" in tokenizer.get_vocab() else _byte_level_bytes
+    said = [bytes_of(token) for token in tokenizer.convert_ids_to_tokens(tokenizer(text, verbose=False)["input_ids"])]
     invented = len(b"".join(said)) - len(text.encode())  # the blank that SentencePiece puts before the text
     positions: dict[bytes, int] = {}
     read = b""
@@ -111,3 +101,14 @@ def pairs_by_text(student: PreTrainedTokenizerFast, teacher: PreTrainedTokenizer
     """The oracle of `aligned_positions`."""
     ours, theirs = positions_by_text(student, text), positions_by_text(teacher, text)
     return [(position, theirs[read]) for read, position in ours.items() if read in theirs]
+
+
+def _byte_level_bytes(token: str) -> bytes:
+    return bytes(BYTES[character] for character in token)
+
+
+def _sentence_piece_bytes(token: str) -> bytes:
+    if token == "<s>":
+        return b""
+    fallback = re.fullmatch("<0x(..)>", token)
+    return bytes.fromhex(fallback[1]) if fallback else token.replace("▁", " ").encode()

@@ -181,7 +181,7 @@ def span_log_probabilities(logits: torch.Tensor, input_ids: torch.Tensor, positi
     tokens = torch.arange(1, length, device=positions.device).expand(rows, -1)
     span = torch.searchsorted(bounds, tokens.contiguous())  # 0: before the first position; A: after the last
     sums = each.new_zeros(rows, positions.shape[1] + 1).scatter_add(1, span, each.view(rows, -1))
-    return sums[:, 1:-1]
+    return sums[:, 1:-1].masked_fill(positions[:, 1:] < 0, 0.0)
 
 
 class _SortedDistance(torch.autograd.Function):
@@ -209,7 +209,7 @@ class _SortedDistance(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * upstream[:, None].to(gradient.dtype), None, None
+        return (gradient * upstream[:, None]).to(gradient.dtype), None, None
 
 
 def _sorted_probabilities(logits: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
