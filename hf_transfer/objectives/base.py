@@ -38,6 +38,9 @@ class Objective(nn.Module):
     hidden_states: ClassVar[bool] = False
     """Whether ``outputs.hidden_states`` is read."""
 
+    attentions: ClassVar[bool] = False
+    """Whether ``outputs.attentions`` is read, which only eager attention returns."""
+
     averaged_over: ClassVar[Literal["examples", "labels", "steps"]] = "examples"
     """What the scalar is a mean over: the micro-batch's examples, its labels that are not -100, or nothing in the
     batch at all ("steps": a term of the weights). The trainer weighs micro-batches and ranks accordingly, so that
