@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from hf_transfer.objectives.base import Objective
 from hf_transfer.objectives.forgetting import L2SP
+from hf_transfer.objectives.inner import AttentionMatching, HiddenStateMatching
+from hf_transfer.objectives.teacher import Teacher
 
 OBJECTIVES: dict[str, type[Objective]] = {objective.name: objective for objective in (L2SP,)}
 """What a recipe's ``objectives:`` section can name."""
 
-__all__ = ["L2SP", "OBJECTIVES", "Objective"]
+__all__ = ["L2SP", "OBJECTIVES", "AttentionMatching", "HiddenStateMatching", "Objective", "Teacher"]

@@ -5,17 +5,16 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import send_to_device
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
-from transformers.utils.generic import find_labels
 
 from hf_transfer.errors import ConfigurationError
 from hf_transfer.objectives.base import Objective
+
+if TYPE_CHECKING:
+    from transformers.utils import ModelOutput
 
 
 class Teacher:
@@ -43,6 +42,9 @@ class Teacher:
     _of_model: weakref.WeakValueDictionary[int, Teacher] = weakref.WeakValueDictionary()
 
     def __init__(self, model: nn.Module) -> None:
+        from transformers import PreTrainedModel
+        from transformers.utils.generic import find_labels
+
         core = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
         if core is None:
             raise ConfigurationError(f"teacher: expected a transformers model, found {type(model).__name__}.")
@@ -110,6 +112,8 @@ class Teacher:
 
     @torch.no_grad()
     def _ask(self, batch: Mapping[str, Any]) -> ModelOutput:
+        from accelerate.utils import send_to_device
+
         if self.model.training:
             self.model.eval()
         device = next(value.device for value in batch.values() if isinstance(value, Tensor))
