@@ -33,12 +33,11 @@ def student_from(teacher: PreTrainedModel, *, layers: int | Sequence[int]) -> Pr
         teacher: A transformers model with one line of blocks, or with one in its encoder and one in its decoder.
         layers: How many blocks to keep, or which, by depth as ``parameter_depths`` counts: 1 is the lowest, and an
             encoder's come before its decoder's. A number keeps the first and the last and spaces the others evenly
-            between them: 6 of 12 are 1, 3, 5, 8, 10 and 12, as in DistilBERT (Sanh et al. 2019, section 3) and in
-            "shrink and fine-tune" (Shleifer & Rush 2020, section 4), for the first block fits the embeddings and the
-            last one the head. 1 keeps the first. Of an encoder-decoder it keeps that many in each of the two; the
-            whole encoder of 12 with 3 of the decoder's 12 blocks is ``[*range(1, 13), 13, 19, 24]``. To drop the top
-            of the model, which costs least where the teacher was not fine-tuned (Sajjad et al. 2023), give
-            ``range(1, n + 1)``.
+            between them, for the first fits the embeddings and the last one the head: 6 of 12 are 1, 3, 5, 8, 10 and
+            12, as in DistilBERT (Sanh et al. 2019, section 3) and in "shrink and fine-tune" (Shleifer & Rush 2020).
+            1 keeps the first. Of an encoder-decoder it keeps that many in each of the two; the whole encoder of 12
+            with 3 of the decoder's 12 blocks is ``[*range(1, 13), 13, 19, 24]``. To drop the top of a model, which
+            Sajjad et al. 2023 found best when fine-tuning follows without distillation, give ``range(1, n + 1)``.
 
     Raises:
         ConfigurationError: ``layers`` is empty, out of range, unordered or repeats a depth; the teacher is quantised,
@@ -82,8 +81,8 @@ def layer_map(student_layers: int, teacher_layers: int, *, how: LayerMap = "unif
         student_layers: M, the student's number of blocks.
         teacher_layers: N, the teacher's.
         how: ``"uniform"``: embeddings from embeddings, and depth m from ``g(m) = m * N / M``, rounded half up and at
-            least 1 (Jiao et al. 2020, TinyBERT, section 4.1; the best of their strategies, table 4). ``"last"``: the
-            student's blocks from the teacher's M last. Or the map itself.
+            least 1 (Jiao et al. 2020, TinyBERT, the best of the strategies they compare). ``"last"``: the student's
+            blocks from the teacher's M last. Or the map itself.
 
     Raises:
         ConfigurationError: A depth that is not there, an empty map, an unknown rule, or ``"last"`` for a student of

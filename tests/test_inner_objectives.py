@@ -13,7 +13,7 @@ from hf_transfer.errors import ConfigurationError
 from hf_transfer.objectives import AttentionMatching, HiddenStateMatching, Teacher
 from hf_transfer.objectives.inner import attention_distance, hidden_state_distance
 from hf_transfer.students import student_from
-from hf_transfer.training import TransferTrainer
+from hf_transfer.training.trainer import TransferTrainer
 from tests.launched import Recorder
 from tests.test_depth import FAMILIES, make, random_inputs
 from tests.tiny import arguments, collate, text_rows, tiny_bert

@@ -19,20 +19,20 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft.*", "ignore::F
 
 TASKS = {
     "bert": "SequenceClassification", "distilbert": "SequenceClassification", "roberta": "MaskedLM",
-    "deberta-v2": "TokenClassification", "electra": "", "modernbert": "SequenceClassification", "llama": "CausalLM",
-    "qwen3": "CausalLM", "mistral": "SequenceClassification", "gemma3": "CausalLM", "gpt2": "CausalLM",
+    "deberta-v2": "TokenClassification", "modernbert": "SequenceClassification", "llama": "CausalLM",
+    "qwen3": "CausalLM", "gemma3": "CausalLM", "gpt2": "CausalLM",
     "opt": "CausalLM", "phi": "CausalLM", "t5": "Seq2SeqLM", "bart": "Seq2SeqLM", "vit": "ImageClassification",
-    "dinov2": "", "wav2vec2": "CTC", "wav2vec2-stable": "AudioClassification", "whisper": "SpeechSeq2Seq",
+    "wav2vec2": "CTC", "wav2vec2-stable": "AudioClassification", "whisper": "SpeechSeq2Seq",
 }  # fmt: skip
 ENCODER_DECODERS = ["t5", "bart", "whisper"]  # of 3 and 2 blocks
-FIRST_BLOCK_LACKS_A_NORM = ["modernbert"]
+FIRST_BLOCK_IS_ANOTHER = ["modernbert", "deberta-v2"]  # it lacks a norm; a convolution follows it
 SUBSETS = [
     (family, layers)
     for family in TASKS
     for layers in ([[1, 3, 5], [2, 3, 5]] if family in ENCODER_DECODERS else [[1, 3], [2, 3]])
-    if layers[0] == 1 or family not in FIRST_BLOCK_LACKS_A_NORM
+    if layers[0] == 1 or family not in FIRST_BLOCK_IS_ANOTHER
 ]
-GENERATING = ["llama", "qwen3", "gemma3", "gpt2", "opt", "phi", "t5", "bart", "whisper"]
+GENERATING = ["llama", "qwen3", "gemma3", "gpt2", "opt", "t5", "bart", "whisper"]
 
 
 def logits(model: transformers.PreTrainedModel, *, seed: int = 0) -> torch.Tensor:
@@ -89,7 +89,10 @@ def test_is_saved_and_loaded_as_any_model(family, tmp_path):
     student = student_from(teacher, layers=1)
     student.save_pretrained(tmp_path)
     loaded = type(teacher).from_pretrained(tmp_path)
-    assert torch.equal(logits(loaded), logits(student))
+    expected = student.state_dict()
+    assert loaded.state_dict().keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.state_dict().items())
+    torch.testing.assert_close(logits(loaded), logits(student))  # elsewhere in memory: other kernels
 
 
 def test_keeps_what_is_not_a_block_and_shares_nothing():
@@ -135,7 +138,7 @@ def test_a_language_model_inside_another_config_is_found():
     torch.manual_seed(0)
     text = transformers.BertConfig(**TEXT, is_decoder=True, add_cross_attention=True)
     image = transformers.ViTConfig(
-        hidden_size=16, num_attention_heads=2, intermediate_size=32, num_hidden_layers=3, image_size=16, patch_size=8
+        hidden_size=16, num_attention_heads=2, intermediate_size=32, num_hidden_layers=3, image_size=32, patch_size=16
     )
     teacher = transformers.VisionEncoderDecoderModel(
         transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(image, text)
@@ -219,7 +222,8 @@ def test_kinds_that_stay_in_order_are_kept():
     torch.manual_seed(0)
     teacher = with_one_dense_block().eval()
     assert torch.equal(logits(student_from(teacher, layers=[1, 2])), without_other_blocks(teacher, [1, 2]))
-    assert torch.equal(logits(student_from(by_position(), layers=[1, 2])).isfinite().all(), torch.tensor(True))
+    teacher = by_position().eval()
+    assert torch.equal(logits(student_from(teacher, layers=[1, 2])), without_other_blocks(teacher, [1, 2]))
 
 
 def test_a_quantised_teacher_is_refused(tmp_path):
@@ -247,12 +251,13 @@ def test_layer_map(student, teacher, how, expected):
     assert layer_map(student, teacher, how=how) == expected
 
 
-@pytest.mark.parametrize(("student", "teacher"), [(m, n) for n in range(1, 30, 4) for m in range(1, n + 1)])
-def test_uniform_is_the_nearest_whole_depth_in_order(student, teacher):
-    found = layer_map(student, teacher)
-    assert list(found) == list(range(student + 1))
-    assert all(abs(found[m] - m * teacher / student) <= 0.5 for m in found)
-    assert len(set(found.values())) == student + 1
+@pytest.mark.parametrize("teacher", [1, 7, 12, 24])
+def test_uniform_is_the_nearest_whole_depth_in_order(teacher):
+    for student in range(1, teacher + 1):
+        found = layer_map(student, teacher)
+        assert list(found) == list(range(student + 1))
+        assert all(abs(found[m] - m * teacher / student) <= 0.5 for m in found)
+        assert len(set(found.values())) == student + 1
 
 
 @pytest.mark.parametrize(

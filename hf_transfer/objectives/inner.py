@@ -25,7 +25,7 @@ def hidden_state_distance(student: Tensor, teacher: Tensor, real: Tensor, *, dis
     """The mean over examples of the mean over their real tokens of how far two hidden states are apart.
 
     ``"mse"``: ``1/D sum_d (s_d - t_d)^2`` (Romero et al. 2015, FitNets, eq. 3; Jiao et al. 2020, TinyBERT, eq. 8).
-    ``"cosine"``: ``1 - cos(s, t)``, blind to length (Sanh et al. 2019, DistilBERT, section 3).
+    ``"cosine"``: ``1 - cos(s, t)``, blind to length (Sanh et al. 2019, DistilBERT, section 2).
 
     Args:
         student: (B, T, D) hidden states.
@@ -157,7 +157,7 @@ class HiddenStateMatching(_LayerMatching):
     """Pull hidden states towards those of a teacher's layers: the mean over layers of ``hidden_state_distance``.
 
     Where the widths differ, every mapped layer gets a linear map of its own, ``s W`` (FitNets' regressor, Romero et
-    al. 2015, section 2.2; TinyBERT's ``W_h``, Jiao et al. 2020, eq. 8), which is trained beside the student and dropped
+    al. 2015, section 2.2; TinyBERT's ``W_h``, Jiao et al. 2020, eq. 8), which trains beside the student and is dropped
     with the objective. The last layer's state is what the model reports as such: after the final norm in most
     decoders. TinyBERT sums over layers; the mean keeps the term's size from following their number.
 
