@@ -6,8 +6,19 @@ from hf_transfer.objectives.base import Objective
 from hf_transfer.objectives.cross_tokenizer import CrossTokenizerDistillation
 from hf_transfer.objectives.distillation import Distillation
 from hf_transfer.objectives.forgetting import L2SP
+from hf_transfer.objectives.inner import AttentionMatching, HiddenStateMatching
+from hf_transfer.objectives.teacher import Teacher
 
 OBJECTIVES: dict[str, type[Objective]] = {objective.name: objective for objective in (L2SP,)}
 """What a recipe's ``objectives:`` section can name."""
 
-__all__ = ["L2SP", "OBJECTIVES", "CrossTokenizerDistillation", "Distillation", "Objective"]
+__all__ = [
+    "L2SP",
+    "OBJECTIVES",
+    "AttentionMatching",
+    "CrossTokenizerDistillation",
+    "Distillation",
+    "HiddenStateMatching",
+    "Objective",
+    "Teacher",
+]
