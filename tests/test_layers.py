@@ -5,7 +5,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "hf_transfer"
 GROUND = set("errors functional schedules depth heads activations cuts data tasks checkpoints models schema".split())
-GROUND |= {"report", "environment", "batches", "targets", "teacher_rows", "teacher_store"}
+GROUND |= {"report", "environment", "batches", "targets", "teacher_rows", "teacher_pass", "teacher_store"}
 LAYERS = [GROUND, {"features", "objectives"}, {"training"}, {"recipe", "compare"}, {"cli"}, {"__main__"}]
 
 
