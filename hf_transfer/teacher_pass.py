@@ -16,7 +16,7 @@ from hf_transfer.activations import adapter_settings, fingerprint, tensors_diges
 from hf_transfer.batches import Batches, Collator
 from hf_transfer.errors import ConfigurationError
 from hf_transfer.tasks import IGNORED
-from hf_transfer.teacher_rows import Columns, SamplesForm, TopKForm
+from hf_transfer.teacher_rows import Columns, Form
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -115,7 +115,7 @@ class Teacher:
         )
 
     def rows_of(
-        self, batches: Batches, examples: Tensor, *, form: TopKForm | SamplesForm, seed: int, batch_size: int
+        self, batches: Batches, examples: Tensor, *, form: Form, seed: int, batch_size: int
     ) -> tuple[Columns, int]:
         """What the teacher says of ``examples`` (N,), consecutive numbers in any order.
 
@@ -138,7 +138,7 @@ class Teacher:
                 positions = self._positions(logits, labels)
                 counts.append(positions.sum(1).cpu())
                 uniforms = _uniforms(seed, chosen, counts[-1])
-                for columns in _encoded(logits, positions, uniforms, form):
+                for columns in encoded_rows(logits, positions, uniforms, form):
                     for name, column in columns.items():
                         encoded[name].append(column.cpu())
         lengths = torch.cat(counts)
@@ -160,7 +160,7 @@ class Teacher:
         return self.source.learnt(labels)
 
 
-def _encoded(logits: Tensor, positions: Tensor, uniforms: Tensor, form: TopKForm | SamplesForm) -> Iterator[Columns]:
+def encoded_rows(logits: Tensor, positions: Tensor, uniforms: Tensor, form: Form) -> Iterator[Columns]:
     """The rows of ``logits`` (B, T, V) at ``positions`` (B, T), some at a time."""
     flat = logits.reshape(-1, logits.shape[-1])
     size = max(1, _CHUNK // logits.shape[-1])

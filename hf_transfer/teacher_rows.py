@@ -169,6 +169,7 @@ class SampledRows:
         return Samples(self.ids, weights, self.entropies)
 
 
+Form = TopKForm | SamplesForm
 TeacherRows = TopKRows | SampledRows
 
 

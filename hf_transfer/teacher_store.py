@@ -19,7 +19,7 @@ from hf_transfer.activations import fingerprint
 from hf_transfer.batches import Collator
 from hf_transfer.errors import ConfigurationError, nearest
 from hf_transfer.teacher_pass import Source, Teacher
-from hf_transfer.teacher_rows import Columns, SamplesForm, TeacherRows, TopKForm
+from hf_transfer.teacher_rows import Columns, Form, SamplesForm, TeacherRows, TopKForm
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -30,7 +30,7 @@ FormName = Literal["top_k", "samples"]
 MANIFEST = "teacher.json"
 _VERSION = 1
 _MEND = "Delete '{}' and run the teacher again: it computes that shard only."
-_FORMS: dict[str, type[TopKForm] | type[SamplesForm]] = {"top_k": TopKForm, "samples": SamplesForm}
+_FORMS: dict[str, type[Form]] = {"top_k": TopKForm, "samples": SamplesForm}
 
 
 @dataclass(frozen=True)
@@ -242,7 +242,7 @@ def _settings(form: str, *, k: int, draws: int, temperature: float, seed: int) -
     return {"form": form, **asdict(TopKForm(k) if form == "top_k" else SamplesForm(draws, temperature, seed))}
 
 
-def _form(identity: Mapping[str, Any]) -> TopKForm | SamplesForm:
+def _form(identity: Mapping[str, Any]) -> Form:
     kind = _FORMS[identity["form"]]
     return kind(**{field.name: identity[field.name] for field in fields(kind)})
 
