@@ -225,9 +225,10 @@ class TeacherStore:
         starts = self._starts[chosen]
         places = list(zip(numbers, starts.tolist(), (starts + self._lengths[chosen]).tolist(), strict=True))
         columns = {
-            name: torch.cat([shards[number][start:stop] for number, start, stop in places]).to(examples.device)
+            name: torch.cat([shards[0][:0], *(shards[number][start:stop] for number, start, stop in places)])
             for name, shards in self._columns.items()
         }
+        columns = {name: column.to(examples.device) for name, column in columns.items()}
         return self._form.decode(columns, vocabulary=self._vocabulary)
 
 

@@ -34,8 +34,9 @@ def rows():
 
 
 def build(folder, teacher=None, dataset=None, **options):
-    options = {"form": "top_k", "k": 8, "batch_size": 4, "rows_per_shard": 40} | options
-    return TeacherStore.build(teacher or loud_llama(), dataset or rows(), collate, directory=folder, **options)
+    options = {"form": "top_k", "k": 8, "batch_size": 4, "rows_per_shard": 20} | options
+    dataset = rows() if dataset is None else dataset
+    return TeacherStore.build(teacher or loud_llama(), dataset, collate, directory=folder, **options)
 
 
 def true_logits(teacher, examples) -> torch.Tensor:
@@ -101,7 +102,7 @@ def test_rows_follow_the_labels_of_the_batch(tmp_path):
     assert kept.sum() < kept.numel()
     assert len(found.ids) == kept.sum()
     torch.testing.assert_close(
-        torch.empty_like(expected).scatter_(-1, found.ids, found.log_probabilities), expected, atol=4e-3, rtol=0
+        torch.empty_like(expected).scatter_(-1, found.ids, found.log_probabilities), expected, atol=1e-3, rtol=1e-3
     )
     assert store.row_count == sum((torch.tensor(row[1:]) != -100).sum() for row in dataset["labels"])
     assert len(store) == EXAMPLES
@@ -184,16 +185,17 @@ def test_impossible_tokens_leave_everything_finite():
 
 
 class _Largest(TorchDispatchMode):
-    """The most elements that any tensor has that an operation makes."""
+    """The most elements that any tensor has that an operation makes, but for views of ``given``."""
 
-    def __init__(self):
+    def __init__(self, given):
         super().__init__()
+        self.given = given.data_ptr()
         self.numel = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(tensor, torch.Tensor) and not tensor._is_view():
+            if isinstance(tensor, torch.Tensor) and tensor.data_ptr() != self.given:
                 self.numel = max(self.numel, tensor.numel())
         return result
 
@@ -205,7 +207,7 @@ def test_the_softmax_is_computed_in_chunks(form, monkeypatch):
     uniforms = torch.rand(int(positions.sum()))
     (whole,) = encoded_rows(logits, positions, uniforms, form)
     monkeypatch.setattr("hf_transfer.teacher_pass._CHUNK", 5 * 50)
-    with _Largest() as largest:
+    with _Largest(logits) as largest:
         chunks = list(encoded_rows(logits, positions, uniforms, form))
     assert largest.numel <= 5 * 50
     for name, column in whole.items():
@@ -224,24 +226,27 @@ def test_teacher_is_left_as_it_was(tmp_path):
 
 @pytest.mark.parametrize("form", ["top_k", "samples"])
 def test_killed_and_run_again_is_the_straight_run(tmp_path, form):
-    """After the second shard, with the third cut short: the same bytes, and the first shard is not computed again."""
+    """Killed in the third shard, the second cut short: the same bytes again, and the first is not computed again."""
     teacher = loud_llama()
     build(tmp_path / "straight", teacher, form=form)
     straight = contents(tmp_path / "straight")
     assert len(straight) > 4
 
-    calls = _count_calls(teacher, fail_at=3)
+    calls = []
+    teacher.register_forward_pre_hook(lambda *_: calls.append(1))
+    killing = teacher.register_forward_pre_hook(lambda *_: _kill_after(2, calls))
     with pytest.raises(KeyboardInterrupt):
         build(tmp_path / "killed", teacher, form=form)
+    killing.remove()
     left = contents(tmp_path / "killed")
-    assert 0 < len(left) < len(straight) - 1
-    with pytest.raises(ConfigurationError, match=f"{len(left)} shards of an unfinished one: run the teacher again"):
+    assert len(left) == 2
+    with pytest.raises(ConfigurationError, match="2 shards of an unfinished one: run the teacher again"):
         TeacherStore.open(tmp_path / "killed", rows(), collate)
     os.truncate(tmp_path / "killed" / sorted(left)[-1], 100)
     (tmp_path / "killed" / "shard-00003.part").write_bytes(b"half")
     calls.clear()
     build(tmp_path / "killed", teacher, form=form)
-    assert len(calls) == len(straight) - 1 - (len(left) - 1)
+    assert len(calls) == len(straight) - 1 - 1  # all but the manifest and the first shard, one batch each
     assert contents(tmp_path / "killed") == straight
 
     calls.clear()
@@ -249,16 +254,9 @@ def test_killed_and_run_again_is_the_straight_run(tmp_path, form):
     assert not calls
 
 
-def _count_calls(teacher, *, fail_at):
-    calls = []
-
-    def count(*_):
-        calls.append(1)
-        if len(calls) == fail_at:
-            raise KeyboardInterrupt
-
-    teacher.register_forward_pre_hook(count)
-    return calls
+def _kill_after(count, calls):
+    if len(calls) > count:
+        raise KeyboardInterrupt
 
 
 def test_values_are_mapped_not_read(tmp_path):
@@ -297,7 +295,7 @@ def other_collate(batch):
 
 FOREIGN = {
     "data: found .*, stored": {"dataset": changed_rows},
-    "data: found .*, stored .*": {"dataset": lambda: rows().select(range(EXAMPLES - 1, -1, -1))},
+    "data: found .*nothing is overwritten": {"dataset": lambda: rows().select(range(EXAMPLES - 1, -1, -1))},
     "found 11 examples, but the teacher's store in .* is of 12": {"dataset": lambda: rows().select(range(11))},
     "collator: found .*, stored": {"collator": other_collate},
     "expected a column 'input_ids'": {"dataset": lambda: rows().rename_column("input_ids", "tokens")},
