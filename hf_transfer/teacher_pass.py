@@ -183,6 +183,6 @@ def _predicts_the_next(core: PreTrainedModel) -> bool:
     from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    by_loss = LOSS_MAPPING.get(getattr(core, "loss_type", None)) is ForCausalLMLoss
+    by_loss = LOSS_MAPPING.get(getattr(core, "loss_type", None) or "") is ForCausalLMLoss
     by_name = type(core).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()  # GPT-2's name has no loss
     return (by_loss or by_name) and not core.config.is_encoder_decoder

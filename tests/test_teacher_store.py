@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,7 @@ def loud_llama(seed=0):
     return teacher
 
 
+@cache
 def rows():
     return language_rows(EXAMPLES).remove_columns("domain")
 
