@@ -10,13 +10,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_transfer.errors import ConfigurationError
 
@@ -178,3 +178,14 @@ def columns_digest(dataset: Dataset, columns: Iterable[str]) -> str:
             digest.update(batch.schema.to_string(show_schema_metadata=False).encode())
             digest.update(batch.serialize())
     return digest.hexdigest()
+
+
+def adapter_settings(model: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What PEFT's weights do not tell: how each adapter is set up, and where which of them are switched on."""
+    settings = {name: adapter.to_dict() for name, adapter in getattr(model, "peft_config", {}).items()}
+    switched_on = {
+        name: module.active_adapters
+        for name, module in model.named_modules()
+        if getattr(module, "disable_adapters", None) is False
+    }
+    return settings, switched_on

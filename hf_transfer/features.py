@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import inspect
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import transformers
@@ -15,20 +15,19 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers.utils import find_labels
 
-from hf_transfer.activations import Activations, ActivationWriter, columns_digest, fingerprint, tensors_digest
-from hf_transfer.cuts import Batch, CutModel, Replay, Tap, evaluating, skipping_zero_layers
+from hf_transfer.activations import Activations, ActivationWriter, adapter_settings, fingerprint, tensors_digest
+from hf_transfer.batches import PROBE_SIZE, Batches, Collator
+from hf_transfer.cuts import CutModel, Replay, Tap, evaluating, skipping_zero_layers
 from hf_transfer.depth import parameter_depths
 from hf_transfer.errors import ConfigurationError, nearest
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-Collator = Callable[[list[dict[str, Any]]], Mapping[str, Any]]
 Pooling = Literal["head", "mean", "first", "last"]
 Precision = Literal["auto", "bfloat16", "float16", "float32"]
 
 EXAMPLE_INDEX = "example_index"
-_PROBE_SIZE = 4
 
 # What a configuration holds that the base does not compute with.
 _BESIDE_THE_BASE = {
@@ -103,7 +102,7 @@ def extract_features(
 
 def reads_every_token(model: nn.Module, dataset: Dataset, data_collator: Collator) -> bool:
     """Whether the model's head reads all tokens (token classification), and not one vector per example."""
-    source = _Source(model, dataset, data_collator, batch_size=_PROBE_SIZE)
+    source = _Source(model, dataset, data_collator, batch_size=PROBE_SIZE)
     with evaluating(source.model.core):
         return source.model.head_tap(source.probe).positions == "tokens"
 
@@ -213,44 +212,27 @@ class _Source:
     """A model and its data: batches sorted by length, the name of what comes of them, and the pass that records it."""
 
     def __init__(self, model: nn.Module, dataset: Dataset, data_collator: Collator, batch_size: int) -> None:
-        from datasets import Dataset
-
-        if not isinstance(dataset, Dataset) or dataset.format["type"] == "custom":
-            raise ConfigurationError(
-                f"dataset: found {type(dataset).__name__}, expected a datasets.Dataset without a transform set on the "
-                "fly (apply that with map): the content names the cache."
-            )
         self.model = CutModel(model)
         self.top = len(self.model.blocks)
         core = self.model.core
         targets = {"label", "label_ids", *find_labels(type(core))}
-        self._inputs = inspect.signature(core.forward).parameters.keys() - targets
-        columns = [name for name in dataset.column_names if name in self._inputs]
-        if core.main_input_name not in columns:
-            raise ConfigurationError(
-                f"dataset: expected a column '{core.main_input_name}' for {type(core).__name__}. "
-                f"Found: {', '.join(dataset.column_names)}."
-            )
-        self._dataset = dataset.select_columns(
-            [name for name in dataset.column_names if name in self._inputs | targets]
+        self._batches = Batches(
+            dataset,
+            data_collator,
+            main_input=core.main_input_name,
+            inputs=inspect.signature(core.forward).parameters.keys() - targets,
+            targets=targets,
+            device=core.device,
         )
-        self._data_collator = data_collator
-        self._order = _by_length(self._dataset, core.main_input_name)
+        self._order = self._batches.by_length()
         self._batch_size = batch_size
-        spread = self._order[torch.linspace(0, len(dataset) - 1, min(_PROBE_SIZE, len(dataset))).long()]
-        self.probe = self._batch(spread)
-        seen = tensors_digest(self.probe)
-        if seen != tensors_digest(self._batch(spread)):
-            raise ConfigurationError(
-                "data_collator: it makes different batches of the same examples (random masking or augmentation): "
-                "nothing can be kept from one epoch to the next."
-            )
+        self.probe, seen = self._batches.probe(self._order)
         self._origin = (
             transformers.__version__,
             type(core).__name__,
             {key: value for key, value in core.config.to_dict().items() if key not in _BESIDE_THE_BASE},
-            _adapters(model),
-            columns_digest(dataset, columns),
+            adapter_settings(model),
+            self._batches.digest(),
             seen,
             tensors_digest(dict(model.named_buffers())),
         )
@@ -274,7 +256,7 @@ class _Source:
         """Run the base once over the data and write what each tap keeps to its file."""
         core = self.model.core
         fast = precision == torch.bfloat16 and core.dtype == torch.float32 and _has_bfloat16(core.device)
-        examples = len(self._dataset)
+        examples = len(self._batches)
         with ExitStack() as stack:
             writers = [
                 stack.enter_context(ActivationWriter(path, examples=examples, dtype=precision)) for path in taps
@@ -283,37 +265,9 @@ class _Source:
             stack.enter_context(skipping_zero_layers(core))
             stack.enter_context(torch.autocast(core.device.type, dtype=torch.bfloat16, enabled=fast))
             for rows in tqdm(self._order.split(self._batch_size), desc="frozen part", unit="batch", disable=None):
-                kept = self.model.run(self._batch(rows), list(taps.values()))
+                kept = self.model.run(self._batches[rows], list(taps.values()))
                 for writer, activations in zip(writers, kept, strict=True):
                     writer.append(rows, activations)
-
-    def _batch(self, rows: Tensor) -> Batch:
-        columns = self._dataset[rows.tolist()]
-        examples = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-        batch = self._data_collator(examples)
-        return {name: batch[name].to(self.model.core.device) for name in batch if name in self._inputs}
-
-
-def _adapters(model: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What PEFT's weights do not tell: how each adapter is set up, and where which of them are switched on."""
-    settings = {name: adapter.to_dict() for name, adapter in getattr(model, "peft_config", {}).items()}
-    switched_on = {
-        name: module.active_adapters
-        for name, module in model.named_modules()
-        if getattr(module, "disable_adapters", None) is False
-    }
-    return settings, switched_on
-
-
-def _by_length(dataset: Dataset, column: str) -> Tensor:
-    """The rows from the shortest to the longest; as they are where a row of ``column`` has no length."""
-    import pyarrow.compute
-    from datasets import LargeList, List
-
-    if not isinstance(dataset.features[column], (List, LargeList)):
-        return torch.arange(len(dataset))
-    rows = dataset.select_columns([column]).with_format("arrow")[:]
-    return torch.tensor(pyarrow.compute.list_value_length(rows[column]).to_numpy()).argsort(stable=True)
 
 
 def _digest_by_depth(model: nn.Module) -> dict[int, str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "hf_transfer"
 GROUND = set("errors functional schedules depth heads activations cuts data tasks checkpoints models schema".split())
 GROUND |= {"report", "environment", "losses", "linear_head", "linear_loss", "linear_blocks", "targets", "vocabularies"}
-GROUND |= {"students"}
+GROUND |= {"students", "batches", "teacher_rows", "teacher_pass", "teacher_store"}
 LAYERS = [GROUND, {"features", "objectives"}, {"training"}, {"recipe", "compare"}, {"cli"}, {"__main__"}]
 
 
