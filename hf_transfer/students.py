@@ -95,8 +95,8 @@ def layer_map(student_layers: int, teacher_layers: int, *, how: LayerMap = "unif
         {1: 10, 2: 11, 3: 12}
     """
     if isinstance(how, Mapping):
-        for role, depths, most in (("student", how.keys(), student_layers), ("teacher", how.values(), teacher_layers)):
-            if wrong := [depth for depth in depths if depth not in range(most + 1)]:
+        for role, named, most in (("student", how.keys(), student_layers), ("teacher", how.values(), teacher_layers)):
+            if wrong := [depth for depth in named if depth not in range(most + 1)]:
                 raise ConfigurationError(
                     f"layers: the {role} has depths 0 (embeddings) to {most}, found {wrong[0]!r}."
                 )

@@ -182,7 +182,9 @@ class HiddenStateMatching(_LayerMatching):
 
     name: ClassVar[str] = "hidden_state_matching"
     hidden_states: ClassVar[bool] = True
-    _field, _lowest, _axes = "hidden_states", 0, 3
+    _field: ClassVar[str] = "hidden_states"
+    _lowest: ClassVar[int] = 0
+    _axes: ClassVar[int] = 3
 
     def __init__(
         self,
@@ -235,7 +237,9 @@ class AttentionMatching(_LayerMatching):
 
     name: ClassVar[str] = "attention_matching"
     attentions: ClassVar[bool] = True
-    _field, _lowest, _axes = "attentions", 1, 4
+    _field: ClassVar[str] = "attentions"
+    _lowest: ClassVar[int] = 1
+    _axes: ClassVar[int] = 4
 
     def __init__(
         self, teacher: nn.Module | Teacher, *, weight: float | Schedule = 1.0, layers: LayerMap = "uniform"

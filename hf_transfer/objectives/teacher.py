@@ -47,7 +47,7 @@ class Teacher:
         if core is None:
             raise ConfigurationError(f"teacher: expected a transformers model, found {type(model).__name__}.")
         self.model = model.eval().requires_grad_(False)
-        self.core = core
+        self.core: Any = core
         named = inspect.signature(core.forward).parameters
         self._inputs = named.keys() - set(find_labels(type(core)))
         self._options = {"use_cache": False} if "use_cache" in named else {}
