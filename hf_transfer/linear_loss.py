@@ -234,7 +234,10 @@ def _evaluate(
         for first in range(0, len(rows), block_size):
             block = slice(first, first + block_size)
             wide = logits[block].to(sums)  # the rows themselves where they have the type of the sums
-            block_values = block_loss(wide, labels[block], _take(target, block))
+            known = _take(target, block)
+            if isinstance(known, Tensor):
+                known = known.to(sums)
+            block_values = block_loss(wide, labels[block], known)
             chunk_values[:, block] = torch.stack(block_values)
             logits[block] = wide
         unit = chunk_values[2].div_(job.normalizer)
