@@ -1,11 +1,12 @@
 from .compare import CompareRecipe
+from .data.teacher_tokens import TeacherCollator, add_teacher_tokens
 from .data.text import TextData
 from .depth import block_names, embedding_names, head_names, parameter_depths
 from .errors import ConfigurationError
 from .features import PrefixCache, extract_features
 from .heads import add_mean_pooling, fit_head
 from .models import ModelSpec, load_model, load_tokenizer, load_trained
-from .objectives import L2SP, Distillation, Objective
+from .objectives import L2SP, CrossTokenizerDistillation, Distillation, Objective
 from .recipe import (
     DistillationRecipe,
     FeatureExtractionRecipe,
@@ -25,6 +26,7 @@ __all__ = [
     "L2SP",
     "CompareRecipe",
     "ConfigurationError",
+    "CrossTokenizerDistillation",
     "Distillation",
     "DistillationRecipe",
     "DistillationTrainer",
@@ -42,10 +44,12 @@ __all__ = [
     "Ramp",
     "Recipe",
     "SlantedTriangular",
+    "TeacherCollator",
     "TextData",
     "TopLevels",
     "TransferTrainer",
     "add_mean_pooling",
+    "add_teacher_tokens",
     "block_names",
     "embedding_names",
     "extract_features",
