@@ -42,6 +42,11 @@ class Teacher:
 
     _of_model: weakref.WeakValueDictionary[int, Teacher] = weakref.WeakValueDictionary()
 
+    _answer: list[ModelOutput]
+    _key: dict[str, tuple[int, int]]
+    _guards: list[weakref.ref[Tensor]]
+    _due: int
+
     def __init__(self, model: nn.Module) -> None:
         core = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
         if core is None:
@@ -135,9 +140,9 @@ class Teacher:
         return {**inputs, "labels": labels} if labels.dim() == 2 else inputs  # Whisper shifts them itself
 
     def _forget(self) -> None:
-        self._answer: list[ModelOutput] = []
-        self._key: dict[str, tuple[int, int]] = {}
-        self._guards: list[weakref.ref[Tensor]] = []
+        self._answer = []
+        self._key = {}
+        self._guards = []
         self._due = 0
 
     def _forgetting(self) -> Callable[[Any], None]:
