@@ -73,7 +73,8 @@ def any_divergence_block(terms: Terms, logits: Tensor, labels: Tensor, teacher_l
         )
         if terms.differentiate:
             total = terms.task_weight * cross_entropy + terms.teacher_weight * terms.factor * soft
-            logits.copy_(*torch.autograd.grad(total.sum(), student_logits))
+            (gradient,) = torch.autograd.grad(total.sum(), student_logits)
+            logits.copy_(gradient)
     cross_entropy, soft = cross_entropy.detach().unsqueeze(-1), soft.detach().unsqueeze(-1)
     return BlockValues(cross_entropy, soft, torch.ones_like(soft))
 

@@ -150,11 +150,14 @@ class _LinearLoss(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, job: _Job) -> tuple[Tensor, ...]:
         head, teacher = _Head(weight, bias), None
         if isinstance(job.teacher, TeacherHead):
-            teacher = _Head(*(None if part is None else part[: len(weight)] for part in job.teacher[1:]))
+            _, teacher_weight, teacher_bias = job.teacher
+            teacher = _Head(
+                teacher_weight[: len(weight)], None if teacher_bias is None else teacher_bias[: len(weight)]
+            )
         with torch.autocast(hidden.device.type, enabled=False):
             cross_entropy, soft, gradients = _evaluate(hidden, head, teacher, job)
         ctx.gradients = [
-            None if gradient is None else gradient.to(part.dtype)
+            None if part is None or gradient is None else gradient.to(part.dtype)
             for gradient, part in zip(gradients, (hidden, weight, bias), strict=True)
         ]
         ctx.mark_non_differentiable(cross_entropy, soft)
@@ -188,10 +191,6 @@ class _Head:
         self.weight = weight.to(self.dtype)
         self.bias = None if bias is None else bias.to(self.dtype)
 
-    def room(self, rows: int) -> Tensor:
-        """Room for the logits of so many rows."""
-        return self.weight.new_empty(rows, len(self.weight))
-
     def logits(self, hidden: Tensor, scale: float, out: Tensor) -> Tensor:
         """``scale * (hidden @ weight.T + bias)`` in the first rows of ``out``."""
         out = out[: len(hidden)]
@@ -216,7 +215,7 @@ def _evaluate(
         scale, block_loss = 1 / job.terms.temperature, partial(forward_kl_block, job.terms, scratch)
 
     room = head.weight.new_empty(size, len(head.weight))
-    teacher_room = None if teacher is None else teacher.weight.new_empty(size, len(teacher.weight))
+    teacher_room = room if teacher is None else teacher.weight.new_empty(size, len(teacher.weight))
     values = hidden.new_zeros(3, len(job.rows), 1, dtype=sums)
     grad_hidden, grad_weight, grad_bias = gradients = [
         part.new_zeros(part.shape, dtype=sums) if part is not None and wanted else None

@@ -453,9 +453,8 @@ class FineTuneRecipe(TrainingRecipe):
     def _trainer(self, model: PreTrainedModel, arguments: TrainingArguments, **options: Any) -> TransferTrainer:
         from hf_transfer.training.trainer import TransferTrainer
 
-        model = self._adapted(model, arguments)
         return TransferTrainer(
-            model,
+            self._adapted(model, arguments),
             arguments,
             task_weight=self.task_weight,
             fused_loss=self.fused_loss,

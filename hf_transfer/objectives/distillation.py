@@ -201,7 +201,7 @@ def label_order(student: PreTrainedConfig, teacher: PreTrainedConfig) -> list[in
         ConfigurationError: The two have other labels, or not the same number of them.
     """
     ours, theirs = (
-        [str(config.id2label[index]).lower() for index in range(config.num_labels)] for config in (student, teacher)
+        [name.lower() for _, name in sorted((config.id2label or {}).items())] for config in (student, teacher)
     )
     named = not any(names == [f"label_{index}" for index in range(len(names))] for names in (ours, theirs))
     if len(ours) != len(theirs) or (named and sorted(ours) != sorted(theirs)):

@@ -61,4 +61,5 @@ def _squared_distance(parameter: torch.Tensor, start: torch.Tensor) -> torch.Ten
     if not isinstance(parameter, DTensor):
         return (parameter - start).square().sum()
     whole = distribute_tensor(start, parameter.device_mesh, parameter.placements, src_data_rank=None)
-    return (parameter - whole).square().sum().full_tensor()
+    distance: DTensor = (parameter - whole).square().sum()  # type: ignore[assignment]
+    return distance.full_tensor()

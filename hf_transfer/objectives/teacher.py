@@ -42,6 +42,11 @@ class Teacher:
 
     _of_model: weakref.WeakValueDictionary[int, Teacher] = weakref.WeakValueDictionary()
 
+    _answer: list[ModelOutput]
+    _key: dict[str, tuple[int, int]]
+    _guards: list[weakref.ref[Tensor]]
+    _due: int
+
     def __init__(self, model: nn.Module) -> None:
         core = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
         if core is None:
@@ -88,8 +93,8 @@ class Teacher:
         self._served.add(objective)
         self._forget()
 
-    def __call__(self, batch: Mapping[str, Any]) -> ModelOutput:
-        """What the teacher says to ``batch``, on the device of the batch, without gradients.
+    def __call__(self, batch: Mapping[str, Any]) -> Any:
+        """The teacher's ``ModelOutput`` for ``batch``, on the device of the batch, without gradients.
 
         Args:
             batch: A collated micro-batch; teaching columns and labels may be among it. An encoder-decoder that is
@@ -130,14 +135,15 @@ class Teacher:
         labels = batch.get("labels")
         if "decoder_input_ids" not in self._inputs - inputs.keys() or not isinstance(labels, Tensor):
             return inputs
-        if hasattr(self.core, "prepare_decoder_input_ids_from_labels"):
-            return {**inputs, "decoder_input_ids": self.core.prepare_decoder_input_ids_from_labels(labels)}
+        shifted = getattr(self.core, "prepare_decoder_input_ids_from_labels", None)
+        if shifted is not None:
+            return {**inputs, "decoder_input_ids": shifted(labels)}
         return {**inputs, "labels": labels} if labels.dim() == 2 else inputs  # Whisper shifts them itself
 
     def _forget(self) -> None:
-        self._answer: list[ModelOutput] = []
-        self._key: dict[str, tuple[int, int]] = {}
-        self._guards: list[weakref.ref[Tensor]] = []
+        self._answer = []
+        self._key = {}
+        self._guards = []
         self._due = 0
 
     def _forgetting(self) -> Callable[[Any], None]:

@@ -30,7 +30,7 @@ MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 EPOCHS = {100: 10, 500: 3}
 VALIDATION, TEST = 300, 500
 RATES = [1e-4, 3e-4, 1e-3]
-LORA_RATES = [3e-4, 1e-3, 3e-3]
+LORA_RATES = [3e-4, 1e-3, 3e-3, 1e-2]
 
 ARMS: dict[str, dict[str, Any]] = {
     "from scratch": {"recipe": "fine_tune", "model": {"pretrained": False}},
