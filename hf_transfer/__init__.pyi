@@ -2,6 +2,7 @@ from .compare import CompareRecipe
 from .data.teacher_tokens import TeacherCollator, add_teacher_tokens
 from .data.text import TextData
 from .depth import block_names, embedding_names, head_names, parameter_depths
+from .distill import DistillationRecipe
 from .errors import ConfigurationError
 from .features import PrefixCache, extract_features
 from .heads import add_mean_pooling, fit_head
@@ -13,9 +14,9 @@ from .objectives import (
     Distillation,
     HiddenStateMatching,
     Objective,
+    StoredDistillation,
 )
 from .recipe import (
-    DistillationRecipe,
     FeatureExtractionRecipe,
     FineTuneRecipe,
     GradualUnfreezeRecipe,
@@ -55,6 +56,7 @@ __all__ = [
     "Ramp",
     "Recipe",
     "SlantedTriangular",
+    "StoredDistillation",
     "TeacherCollator",
     "TeacherStore",
     "TextData",

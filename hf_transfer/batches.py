@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 Collator = Callable[[list[dict[str, Any]]], Mapping[str, Any]]
 
+EXAMPLE_INDEX = "example_index"
+"""The column that says which row of the data set an example is, for what was computed of it before training."""
+
 PROBE_SIZE = 4
 
 

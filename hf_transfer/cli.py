@@ -1,4 +1,4 @@
-"""The command ``hf-transfer``: run a recipe, describe a method, show the environment."""
+"""The command ``hf-transfer``: run a recipe, run its teacher, describe a method, show the environment."""
 
 from __future__ import annotations
 
@@ -45,6 +45,23 @@ def run(
         if output is not None:
             changes.append(f"training.output_dir={json.dumps(output)}")
         Recipe.load(recipe, changes).run(overwrite=overwrite, resume=resume)
+
+
+@app.command()
+def teach(
+    recipe: Annotated[str, typer.Argument(help="A distillation recipe with a 'store' section.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY.PATH=VALUE", help="Changes to it.")] = None,
+) -> None:
+    """Run a recipe's teacher once over the training data and store its predictions, for runs without the teacher.
+
+    A run that was stopped goes on where it was.
+    """
+    with _one_message():
+        from hf_transfer.distill import DistillationRecipe
+
+        loaded = DistillationRecipe.load(recipe, list(overrides or []))
+        store = loaded.teach()
+        typer.echo(f"{len(store):,} examples, {store.row_count:,} predictions, in {store.directory}")
 
 
 @app.command("describe")

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from transformers.utils import find_labels
 
 from hf_transfer.activations import Activations, ActivationWriter, adapter_settings, fingerprint, tensors_digest
-from hf_transfer.batches import PROBE_SIZE, Batches, Collator
+from hf_transfer.batches import EXAMPLE_INDEX, PROBE_SIZE, Batches, Collator
 from hf_transfer.cuts import CutModel, Replay, Tap, evaluating, skipping_zero_layers
 from hf_transfer.depth import parameter_depths
 from hf_transfer.errors import ConfigurationError, nearest
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
 Pooling = Literal["head", "mean", "first", "last"]
 Precision = Literal["auto", "bfloat16", "float16", "float32"]
-
-EXAMPLE_INDEX = "example_index"
 
 # What a configuration holds that the base does not compute with.
 _BESIDE_THE_BASE = {

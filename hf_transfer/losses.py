@@ -5,13 +5,16 @@ from __future__ import annotations
 from typing import Literal
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_transfer.errors import ConfigurationError
 
 LossKind = Literal[
     "classification", "token classification", "causal language model", "masked language model", "encoder-decoder"
 ]
+
+CLASSIFICATION: tuple[LossKind, ...] = ("classification", "token classification")
+"""The kinds whose classes have names."""
 
 _KINDS: dict[str, LossKind] = {
     "ForSequenceClassification": "classification",
@@ -62,3 +65,8 @@ def loss_kind(model: nn.Module) -> LossKind | None:
 def shifts_labels(model: nn.Module) -> bool:
     """Whether position t is scored against label t + 1, as decoder-only language models do."""
     return loss_kind(model) == "causal language model"
+
+
+def label_names(config: PreTrainedConfig) -> list[str]:
+    """The names of a classifier's classes, in the order of its logits."""
+    return [name for _, name in sorted((config.id2label or {}).items())]

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from hf_transfer.checkpoints import check_weight_files, local_folder, resolve
 from hf_transfer.errors import ConfigurationError, nearest
 from hf_transfer.heads import add_mean_pooling
+from hf_transfer.students import student_from
 from hf_transfer.tasks import ProblemType, TaskName, find_task
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ class ModelSpec:
         attn_implementation: eager, sdpa, flash_attention_2, ...; by default what transformers finds best.
         pooling: What a sequence classifier reads. By default what its class does, for the BERT family the first
             position; the "mean" of all tokens suits sentence encoders, which were trained on it (`add_mean_pooling`).
+        layers: Keep only so many of its blocks, or those of these depths (1 is the lowest): a student made from a
+            teacher (`student_from`). By default all.
         trust_remote_code: Run code from the model's own repository. Off: it may do anything.
     """
 
@@ -53,6 +56,7 @@ class ModelSpec:
     quantization: Literal["8bit", "4bit"] | dict[str, Any] | None = None
     attn_implementation: str | None = None
     pooling: Literal["mean"] | None = None
+    layers: int | list[int] | None = None
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
@@ -63,6 +67,8 @@ class ModelSpec:
             raise ConfigurationError("model.quantization needs pretrained weights, but model.pretrained is false.")
         if self.pooling is not None and (self.task != "sequence-classification" or self.quantization is not None):
             raise ConfigurationError("model.pooling is for sequence-classification on a base that is not quantised.")
+        if self.layers is not None and self.quantization is not None:
+            raise ConfigurationError("model.layers: blocks are taken from a base that is not quantised.")
 
 
 def load_tokenizer(spec: ModelSpec, *, base_dir: str | Path = ".") -> PreTrainedTokenizerBase:
@@ -143,6 +149,7 @@ def load_model(
     device = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with _one_line_errors(spec, f"it cannot be loaded for {spec.task}"), torch.random.fork_rng(device):
         torch.manual_seed(seed)
+        pooler = None
         if not spec.pretrained:
             model = auto_class.from_config(config, **options)
         else:
@@ -161,10 +168,13 @@ def load_model(
                     output_loading_info=True,
                     **options,
                 )
-            if pooler := _check_loaded(spec, model, loading):
-                logger.warning("%s has no pooler, so %s starts at random.", spec.name, pooler)
-                setattr(model, _NEW_POOLER, pooler)
+            pooler = _check_loaded(spec, model, loading)
 
+    if spec.layers is not None:
+        model = student_from(model, layers=spec.layers)
+    if pooler:
+        logger.warning("%s has no pooler, so %s starts at random.", spec.name, pooler)
+        setattr(model, _NEW_POOLER, pooler)
     if spec.pooling == "mean":
         add_mean_pooling(model)
     _keep_four_bits_in_autograd(model)

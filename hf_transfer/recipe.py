@@ -6,7 +6,7 @@ import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from math import isfinite
 from pathlib import Path
 from pkgutil import resolve_name
@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
 import yaml
 
+from hf_transfer import schema
 from hf_transfer.data.text import TextData
 from hf_transfer.environment import versions
 from hf_transfer.errors import ConfigurationError, nearest
-from hf_transfer.models import ModelSpec, load_model, load_tokenizer, load_trained, new_modules
+from hf_transfer.models import ModelSpec, load_model, load_tokenizer, new_modules
 from hf_transfer.report import RunFolder, is_main_process
 from hf_transfer.schedules import GradualUnfreeze, Schedule, TopLevels
 from hf_transfer.schema import Checked, apply_overrides, bind, construct, plain
@@ -40,7 +41,7 @@ RECIPES: dict[str, str] = {
     "fine_tune": "hf_transfer.recipe:FineTuneRecipe",
     "gradual_unfreeze": "hf_transfer.recipe:GradualUnfreezeRecipe",
     "lora": "hf_transfer.recipe:LoraRecipe",
-    "distillation": "hf_transfer.recipe:DistillationRecipe",
+    "distillation": "hf_transfer.distill:DistillationRecipe",
     "compare": "hf_transfer.compare:CompareRecipe",
 }
 """What ``recipe:`` can name, and where the class is."""
@@ -396,6 +397,8 @@ class FineTuneRecipe(TrainingRecipe):
     """
 
     name: ClassVar[str] = "fine_tune"
+    supplies: ClassVar[frozenset[str]] = frozenset()
+    """What its objectives can be given beside their options."""
 
     adapter: Annotated[dict[str, Any], Checked(_adapter_options)] | None = None
     merge_adapter: bool = False
@@ -413,6 +416,7 @@ class FineTuneRecipe(TrainingRecipe):
     def __post_init__(self) -> None:
         super().__post_init__()
         DepthRates(layer_decay=self.layer_decay, bands=self.bands, base_ratio=self.base_ratio)
+        self._refuse_objectives()
         if self.adapter is not None:
             config = _adapter_config(self.adapter, self.model.task)
             if self.merge_adapter and config.is_prompt_learning:
@@ -422,10 +426,11 @@ class FineTuneRecipe(TrainingRecipe):
                     "model.pretrained = False: an adapter is saved without its base, which nobody could make again. "
                     "Set merge_adapter: true, or leave out the adapter."
                 )
-            if self.model.pooling is not None and not self.merge_adapter:
+            changed = [name for name in ("pooling", "layers") if getattr(self.model, name) is not None]
+            if changed and not self.merge_adapter:
                 raise ConfigurationError(
-                    f"model.pooling = '{self.model.pooling}' changes the base, which is not saved with an adapter. "
-                    "Set merge_adapter: true."
+                    f"model.{changed[0]} = {getattr(self.model, changed[0])!r} changes the base, which is not saved "
+                    "with an adapter. Set merge_adapter: true."
                 )
         elif self.model.quantization is not None:
             raise ConfigurationError(
@@ -450,6 +455,17 @@ class FineTuneRecipe(TrainingRecipe):
                 "Use DDP or FSDP version 2, or train without a schedule."
             )
 
+    def _refuse_objectives(self) -> None:
+        """Refuse objectives that need what this recipe does not supply."""
+        from hf_transfer.objectives import OBJECTIVES
+
+        for name in self.objectives:
+            if missing := schema.supplied(OBJECTIVES[name]) - self.supplies:
+                raise ConfigurationError(
+                    f"objectives.{name}: it needs a {missing.pop()}, which the recipe '{self.name}' has not. "
+                    "Take recipe: distillation."
+                )
+
     def _trainer(self, model: PreTrainedModel, arguments: TrainingArguments, **options: Any) -> TransferTrainer:
         from hf_transfer.training.trainer import TransferTrainer
 
@@ -467,14 +483,17 @@ class FineTuneRecipe(TrainingRecipe):
             return model
         return _add_adapter(model, self.adapter, self.model, seed=arguments.seed)
 
-    def _trainer_options(self) -> dict[str, Any]:
-        """What the trainers of all these methods take alike."""
+    def _trainer_options(self, **supplied: Any) -> dict[str, Any]:
+        """What the trainers of all these methods take alike; objectives get what they need of ``supplied``."""
         from hf_transfer.objectives import OBJECTIVES
 
         alike = ("unfreeze", "layer_decay", "bands", "base_ratio", "learning_rate_schedule")
         cache = ("frozen_prefix_cache", "frozen_prefix_dtype")
         return {
-            "objectives": [OBJECTIVES[name](**terms) for name, terms in self.objectives.items()],
+            "objectives": [
+                OBJECTIVES[name](**terms, **{key: supplied[key] for key in schema.supplied(OBJECTIVES[name])})
+                for name, terms in self.objectives.items()
+            ],
             **{name: getattr(self, name) for name in (*alike, *cache)},
         }
 
@@ -518,73 +537,6 @@ class LoraRecipe(FineTuneRecipe):
         if isinstance(self.adapter, Mapping):
             self.adapter = {**_lora_on_all_layers(), **self.adapter}
         super().__post_init__()
-
-
-@dataclass(kw_only=True)
-class DistillationRecipe(FineTuneRecipe):
-    """A student that learns from a teacher's predictions and from the labels (Hinton et al. 2015):
-    ``alpha T^2 KL(teacher || student) + (1 - alpha) task``.
-
-    The student is the ``model:`` section; ``model.layers`` makes it from some blocks of a checkpoint, which may be the
-    teacher's own. All options of ``fine_tune`` combine with it, adapters and gradual unfreezing among them.
-
-    Args:
-        teacher: A model that was trained for the same task: a folder of another run, or a Hub id. Its head, labels and
-            precision are the checkpoint's; ``quantization`` makes it small.
-        alpha: Weight of the teacher's distribution, in [0, 1]; the labels get 1 - alpha.
-        temperature: Of both distributions; 2.5 to 4 suits small students.
-        divergence: What is minimised: forward_kl, reverse_kl, jensen_shannon, total_variation or logit_mse.
-        beta: The teacher's share in the mixture of jensen_shannon.
-        compare_to_teacher: Whether evaluation runs the teacher too, for agreement and KL.
-        fused_loss: Compute a language model's loss a few rows at a time, so that its logits are never held.
-    """
-
-    name: ClassVar[str] = "distillation"
-
-    teacher: ModelSpec
-    alpha: float = 0.5
-    temperature: float = 2.0
-    divergence: Literal["forward_kl", "reverse_kl", "jensen_shannon", "total_variation", "logit_mse"] = "forward_kl"
-    beta: float = 0.5
-    compare_to_teacher: bool = True
-    fused_loss: bool | None = None  # type: ignore[assignment]
-
-    def __post_init__(self) -> None:
-        from hf_transfer.functional import check_divergence
-
-        super().__post_init__()
-        if not 0 <= self.alpha <= 1:
-            raise ConfigurationError(f"alpha = {self.alpha}: expected a share between 0 and 1.")
-        check_divergence(self.divergence, self.temperature, self.beta)
-        if self.task_weight != 1.0:
-            raise ConfigurationError("task_weight is 1 - alpha: give alpha alone.")
-        self.teacher = replace(self.teacher, task=self.model.task)
-
-    def _prepare(self, arguments: TrainingArguments) -> tuple[PreTrainedTokenizerBase, PreparedData, Metrics]:
-        from hf_transfer.vocabularies import shared_vocabulary
-
-        tokenizer, data, metrics = super()._prepare(arguments)
-        self._teacher_tokenizer = load_tokenizer(self.teacher)
-        shared_vocabulary(tokenizer, self._teacher_tokenizer)
-        return tokenizer, data, metrics
-
-    def _trainer(self, model: PreTrainedModel, arguments: TrainingArguments, **options: Any) -> TransferTrainer:
-        from hf_transfer.training.distillation import DistillationTrainer
-
-        return DistillationTrainer(
-            self._adapted(model, arguments),
-            arguments,
-            teacher=load_trained(self.teacher),
-            teacher_tokenizer=self._teacher_tokenizer,
-            alpha=self.alpha,
-            temperature=self.temperature,
-            divergence=self.divergence,
-            beta=self.beta,
-            compare_to_teacher=self.compare_to_teacher,
-            fused_loss=self.fused_loss,
-            **self._trainer_options(),
-            **options,
-        )
 
 
 def _adapter_config(options: Mapping[str, Any], task: str) -> PeftConfig:

@@ -42,6 +42,15 @@ class Checked:
     check: Callable[[Any, str], Any]
 
 
+class Supplied:
+    """Annotates a parameter that YAML does not give, for the recipe has it: ``Annotated[nn.Module, Supplied()]``."""
+
+
+def supplied(cls: Callable[..., Any]) -> set[str]:
+    """The parameters of ``cls`` that are :class:`Supplied`."""
+    return {name for name, parameter in _keywords(cls).items() if _is_supplied(parameter)}
+
+
 def construct(
     cls: type[T], values: Mapping[str, Any], *, where: str = "", renamed: Mapping[str, str] | None = None
 ) -> T:
@@ -236,15 +245,24 @@ def type_name(annotation: Any) -> str:
 
 def _parameters(cls: Callable[..., Any]) -> tuple[dict[str, inspect.Parameter], bool]:
     """The keyword parameters with resolved annotations, and whether any other key is accepted too."""
+    every = inspect.signature(cls).parameters.values()
+    open_ended = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in every)
+    return {name: each for name, each in _keywords(cls).items() if not _is_supplied(each)}, open_ended
+
+
+def _keywords(cls: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     hinted = cls if dataclasses.is_dataclass(cls) or not isinstance(cls, type) else cls.__init__  # type: ignore[misc]
     hints = get_type_hints(hinted, include_extras=True)
-    parameters, open_ended = {}, False
-    for name, parameter in inspect.signature(cls).parameters.items():
-        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            open_ended = True
-        elif parameter.kind in (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY):
-            parameters[name] = parameter.replace(annotation=hints.get(name, Any))
-    return parameters, open_ended
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return {
+        name: parameter.replace(annotation=hints.get(name, Any))
+        for name, parameter in inspect.signature(cls).parameters.items()
+        if parameter.kind in kinds
+    }
+
+
+def _is_supplied(parameter: inspect.Parameter) -> bool:
+    return any(isinstance(each, Supplied) for each in getattr(parameter.annotation, "__metadata__", ()))
 
 
 def _convert_scalar(kind: type, value: Any, where: str) -> Any:

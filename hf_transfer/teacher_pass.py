@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from hf_transfer.activations import adapter_settings, fingerprint, tensors_digest
 from hf_transfer.batches import Batches, Collator
 from hf_transfer.errors import ConfigurationError
+from hf_transfer.losses import CLASSIFICATION, LossKind, label_names, loss_kind, shifts_labels, transformer_in
 from hf_transfer.tasks import IGNORED
 from hf_transfer.teacher_rows import Columns, Form
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedModel
 
 _CHUNK = 1 << 23  # logits turned into rows at a time: 32 MiB of float32
 
@@ -74,7 +74,7 @@ class Source:
         return 1 if labels is None or labels.dim() < 2 else max(1, int(self.learnt(labels).sum(1).max()))
 
 
-class Teacher:
+class TeacherPass:
     """A causal language model or a classifier of transformers, bare or inside a PEFT model.
 
     Raises:
@@ -82,12 +82,15 @@ class Teacher:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        from transformers import PreTrainedModel
         from transformers.utils import find_labels
 
-        core = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
-        if core is None:
-            raise ConfigurationError(f"teacher: found {type(model).__name__}, expected a transformers model.")
+        core = transformer_in(model)
+        kind = loss_kind(core)
+        if kind is None or kind == "encoder-decoder":
+            raise ConfigurationError(
+                f"teacher: {type(core).__name__} is {'an encoder-decoder' if kind else 'for another task'}, expected "
+                "a classifier of examples or tokens, or a language model without an encoder."
+            )
         problem = getattr(core.config, "problem_type", None)
         if problem in ("multi_label_classification", "regression"):
             raise ConfigurationError(
@@ -101,7 +104,9 @@ class Teacher:
         self._core = core
         self._options = {"use_cache": False} if "use_cache" in arguments else {}
         self.device: torch.device = core.device
-        self.source = Source(core.main_input_name, sorted(inputs), sorted(targets), _predicts_the_next(core))
+        self.source = Source(core.main_input_name, sorted(inputs), sorted(targets), shifts_labels(core))
+        self.kind: LossKind = kind
+        self.label_names = label_names(core.config) if kind in CLASSIFICATION else None
 
     def digest(self) -> str:
         """A digest of everything that the logits follow from but the data."""
@@ -115,9 +120,24 @@ class Teacher:
         )
 
     def rows_of(
-        self, batches: Batches, examples: Tensor, *, form: Form, seed: int, batch_size: int
+        self,
+        batches: Batches,
+        examples: Tensor,
+        *,
+        form: Form,
+        seed: int,
+        batch_size: int,
+        vocabulary: int | None = None,
     ) -> tuple[Columns, int]:
         """What the teacher says of ``examples`` (N,), consecutive numbers in any order.
+
+        Args:
+            batches: The data.
+            examples: Their numbers.
+            form: How rows are stored.
+            seed: Of the draws.
+            batch_size: Examples in a batch.
+            vocabulary: Keep only so many leading classes or tokens.
 
         Returns:
             The encoded rows, with the ``starts`` and ``lengths`` of the examples in the order of their numbers, and
@@ -134,7 +154,7 @@ class Teacher:
             for chosen in examples.split(batch_size):
                 batch = batches[chosen]
                 labels = batch.pop("labels", None)
-                logits = self._model(**batch, **self._options).logits
+                logits = self._model(**batch, **self._options).logits[..., :vocabulary]
                 positions = self._positions(logits, labels)
                 counts.append(positions.sum(1).cpu())
                 uniforms = _uniforms(seed, chosen, counts[-1])
@@ -177,12 +197,3 @@ def _uniforms(seed: int, examples: Tensor, lengths: Tensor) -> Tensor:
     return torch.from_numpy(
         np.concatenate([np.random.default_rng((seed, example)).random(length) for example, length in pairs])
     )
-
-
-def _predicts_the_next(core: PreTrainedModel) -> bool:
-    from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    by_loss = LOSS_MAPPING.get(getattr(core, "loss_type", None) or "") is ForCausalLMLoss
-    by_name = type(core).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()  # GPT-2's name has no loss
-    return (by_loss or by_name) and not core.config.is_encoder_decoder

@@ -18,7 +18,8 @@ from tqdm.auto import tqdm
 from hf_transfer.activations import fingerprint
 from hf_transfer.batches import Collator
 from hf_transfer.errors import ConfigurationError, nearest
-from hf_transfer.teacher_pass import Source, Teacher
+from hf_transfer.losses import LossKind
+from hf_transfer.teacher_pass import Source, TeacherPass
 from hf_transfer.teacher_rows import Columns, Form, SamplesForm, TeacherRows, TopKForm
 
 if TYPE_CHECKING:
@@ -58,9 +59,15 @@ class TeacherStore:
         >>> target = store.rows(batch["example_index"]).at_temperature(1.0)  # Samples(ids, weights, entropy)
     """
 
-    def __init__(self, manifest: Mapping[str, Any], shards: Sequence[_Shard]) -> None:
+    def __init__(self, root: Path, manifest: Mapping[str, Any], shards: Sequence[_Shard]) -> None:
+        self.directory = root
         self._form = _form(manifest["identity"])
-        self._vocabulary: int = manifest["vocabulary"]
+        self.vocabulary: int = manifest["vocabulary"]
+        """Over how many classes or tokens the distributions are."""
+        self.kind: LossKind = manifest["kind"]
+        """What the teacher predicts."""
+        self.label_names: list[str] | None = manifest["label_names"]
+        """A classifier's classes, in the order of their numbers."""
         self._examples_per_shard: int = manifest["examples_per_shard"]
         self._starts, self._lengths = (
             torch.cat([shard.columns[name] for shard in shards]) for name in ("starts", "lengths")
@@ -84,6 +91,7 @@ class TeacherStore:
         batch_size: int = 8,
         rows_per_shard: int = 1 << 18,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        vocabulary: int | None = None,
     ) -> TeacherStore:
         """Run the teacher once over the data, or go on where a killed run stopped, or find everything there.
 
@@ -103,7 +111,9 @@ class TeacherStore:
             seed: Of the draws; those of an example follow from ``seed`` and its number alone.
             batch_size: Examples in a batch; batches are sorted by length within a shard.
             rows_per_shard: About what a file holds, in memory while it is filled, and what a kill can cost.
-            tokenizer: The teacher's; a store opened with another one is then refused.
+            tokenizer: The one that made the data; a store opened with another one is then refused.
+            vocabulary: Store distributions over so many leading tokens only: those that the student has too, where
+                its vocabulary is padded to another length (``shared_vocabulary``).
 
         Raises:
             ConfigurationError: A setting out of range, a teacher whose outputs are no distributions over classes or
@@ -113,7 +123,7 @@ class TeacherStore:
         for name, number in (("batch_size", batch_size), ("rows_per_shard", rows_per_shard)):
             if number < 1:
                 raise ConfigurationError(f"{name}: found {number}, expected at least 1.")
-        speaker = Teacher(teacher)
+        speaker = TeacherPass(teacher)
         batches = speaker.source.batches(dataset, data_collator, speaker.device)
         if not len(batches):
             raise ConfigurationError("dataset: it has no examples.")
@@ -124,12 +134,13 @@ class TeacherStore:
             "tokenizer": _tokenizer_digest(tokenizer),
             "data": batches.digest(),
             "collator": seen,
+            "vocabulary": vocabulary,
         }
         root = Path(directory)
         if (root / MANIFEST).exists():
             manifest = _read_manifest(root)
             _refuse_other(root, manifest["identity"], identity)
-            return cls(manifest, _open_shards(root, manifest))
+            return cls(root, manifest, _open_shards(root, manifest))
 
         root.mkdir(parents=True, exist_ok=True)
         per_shard = max(1, rows_per_shard // speaker.source.most_rows(probe))
@@ -140,10 +151,15 @@ class TeacherStore:
             origin = {"identity": identity, "examples": [first, last]}
             if not _is_done(path, origin):
                 examples = order[(order >= first) & (order < last)]
-                columns, vocabulary = speaker.rows_of(
-                    batches, examples, form=_form(identity), seed=seed, batch_size=batch_size
+                columns, size = speaker.rows_of(
+                    batches,
+                    examples,
+                    form=_form(identity),
+                    seed=seed,
+                    batch_size=batch_size,
+                    vocabulary=vocabulary,
                 )
-                text = json.dumps(origin | {"vocabulary": vocabulary}, sort_keys=True)
+                text = json.dumps(origin | {"vocabulary": size}, sort_keys=True)
                 save_file(columns, path.with_suffix(".part"), metadata={"origin": text})
                 os.replace(path.with_suffix(".part"), path)
             shards.append({"name": path.name, "bytes": path.stat().st_size})
@@ -151,6 +167,8 @@ class TeacherStore:
             "version": _VERSION,
             "identity": identity,
             "source": asdict(speaker.source),
+            "kind": speaker.kind,
+            "label_names": speaker.label_names,
             "examples": len(batches),
             "examples_per_shard": per_shard,
             "vocabulary": _open_shard(path).origin["vocabulary"],
@@ -160,7 +178,7 @@ class TeacherStore:
         part = root / f"{MANIFEST}.part"
         part.write_text(json.dumps(manifest, indent=1))
         os.replace(part, root / MANIFEST)
-        return cls(manifest, opened)
+        return cls(root, manifest, opened)
 
     @classmethod
     def open(
@@ -196,7 +214,7 @@ class TeacherStore:
         if tokenizer is not None:
             wanted["tokenizer"] = _tokenizer_digest(tokenizer)
         _refuse_other(root, manifest["identity"], wanted)
-        return cls(manifest, _open_shards(root, manifest))
+        return cls(root, manifest, _open_shards(root, manifest))
 
     def __len__(self) -> int:
         """How many examples there are."""
@@ -229,7 +247,7 @@ class TeacherStore:
             for name, shards in self._columns.items()
         }
         columns = {name: column.to(examples.device) for name, column in columns.items()}
-        return self._form.decode(columns, vocabulary=self._vocabulary)
+        return self._form.decode(columns, vocabulary=self.vocabulary)
 
 
 def _settings(form: str, *, k: int, draws: int, temperature: float, seed: int) -> dict[str, Any]:

@@ -472,6 +472,23 @@ RECIPES_REFUSED = {
     "temperature": ({"temperature": 0}, "temperature is 0"),
     "task weight": ({"task_weight": 0.5}, "task_weight is 1 - alpha"),
     "divergence": ({"divergence": "kl"}, "divergence = 'kl'"),
+    "a teacher that is cut": ({"teacher": {"name": "any", "layers": 2}}, "teacher.layers"),
+    "another divergence from a store": (
+        {"divergence": "reverse_kl", "store": {"directory": "any"}},
+        "a store serves forward_kl only",
+    ),
+    "hidden states from a store": (
+        {"objectives": {"hidden_state_matching": {}}, "store": {"directory": "any"}},
+        "it asks the teacher itself",
+    ),
+    "hidden states without a teacher": (
+        {"recipe": "lora", "objectives": {"hidden_state_matching": {}}},
+        "it needs a teacher, which the recipe 'lora' has not",
+    ),
+    "layers under an adapter": (
+        {"model": {"name": "any", "layers": 2}, "adapter": {"method": "lora"}},
+        "model.layers = 2 changes the base",
+    ),
     "no teacher": ({"teacher": {"name": "nowhere/at-all"}}, "model.name = 'nowhere/at-all'"),
 }
 
@@ -479,6 +496,8 @@ RECIPES_REFUSED = {
 @pytest.mark.parametrize("case", RECIPES_REFUSED)
 def test_a_recipe_is_refused(case, values):
     changes, message = RECIPES_REFUSED[case]
+    if changes.get("recipe"):
+        del values["teacher"]
     with pytest.raises(ConfigurationError, match=message):
         Recipe.from_values({**values, **changes}).build()
 
@@ -494,6 +513,45 @@ def test_a_teacher_with_another_vocabulary_is_refused_before_a_model_is_loaded(v
 def test_a_teacher_without_a_head_is_refused(values, tmp_path):
     values["teacher"] = {"name": str(write_encoder(tmp_path / "headless"))}
     with pytest.raises(ConfigurationError, match="BertModel"):
+        Recipe.from_values(values).build()
+
+
+def test_a_student_of_the_teachers_own_blocks_learns_its_hidden_states_too(values, tmp_path):
+    matching = {"hidden_state_matching": {"weight": 0.5, "layers": "last"}}
+    values |= {"model": {"name": values["teacher"]["name"], "layers": [1, 3]}, "objectives": matching}
+    recipe = Recipe.from_values(values)
+    assert Recipe.from_values(recipe.values()) == recipe
+    student = recipe.build().model
+    teacher = load_file(tmp_path / "teacher" / "model.safetensors")
+    assert student.config.num_hidden_layers == 2
+    name = "bert.encoder.layer.{}.output.dense.weight"
+    assert torch.equal(student.state_dict()[name.format(1)], teacher[name.format(2)])
+    assert torch.equal(student.classifier.weight, teacher["classifier.weight"])
+    result = recipe.run()
+    assert "hidden_state_matching_loss" in (result.folder / "log_history.json").read_text()
+
+
+@pytest.mark.parametrize("form", ["top_k", "samples"])
+def test_a_recipe_trains_from_what_its_teacher_was_asked_before(form, values, tmp_path):
+    values["store"] = {"directory": str(tmp_path / "store"), "form": form}
+    recipe = Recipe.from_values(values)
+    assert Recipe.from_values(recipe.values()) == recipe
+    with pytest.raises(ConfigurationError, match="holds no teacher's store"):
+        recipe.run()
+    store = recipe.teach()
+    assert len(store) == 32
+    (tmp_path / "teacher" / "model.safetensors").unlink()
+    result = recipe.run()
+    assert "distillation_loss" in (result.folder / "log_history.json").read_text()
+    assert "teacher_agreement" not in result.metrics["test"]
+
+
+def test_a_store_of_other_data_is_refused_before_the_student_is_loaded(values, tmp_path):
+    values["store"] = {"directory": str(tmp_path / "store")}
+    Recipe.from_values(values).teach()
+    (tmp_path / "student" / "model.safetensors").unlink()
+    values["data"]["train_size"] = 16
+    with pytest.raises(ConfigurationError, match="found 16 examples, but the teacher's store .* is of 32"):
         Recipe.from_values(values).build()
 
 

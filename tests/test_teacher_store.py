@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertForTokenClassification, GPT2Config, GPT2LMHeadModel
 
 from hf_transfer.errors import ConfigurationError
-from hf_transfer.teacher_pass import Teacher, encoded_rows
+from hf_transfer.teacher_pass import TeacherPass, encoded_rows
 from hf_transfer.teacher_rows import SamplesForm, TopKForm
 from hf_transfer.teacher_store import MANIFEST, TeacherStore
 from tests.tiny import VOCABULARY, collate, language_rows, text_rows, tiny_bert, tiny_llama
@@ -490,5 +490,5 @@ def test_a_token_classifier_is_asked_about_the_labelled_token(tmp_path):
 
 def test_gpt2_whose_name_has_no_loss_predicts_the_next():
     config = GPT2Config(vocab_size=9, n_positions=8, n_embd=8, n_layer=1, n_head=2)
-    assert Teacher(GPT2LMHeadModel(config)).source.shifted
-    assert not Teacher(tiny_bert()).source.shifted
+    assert TeacherPass(GPT2LMHeadModel(config)).source.shifted
+    assert not TeacherPass(tiny_bert()).source.shifted

@@ -7,9 +7,12 @@ from hf_transfer.objectives.cross_tokenizer import CrossTokenizerDistillation
 from hf_transfer.objectives.distillation import Distillation
 from hf_transfer.objectives.forgetting import L2SP
 from hf_transfer.objectives.inner import AttentionMatching, HiddenStateMatching
+from hf_transfer.objectives.stored import StoredDistillation
 from hf_transfer.objectives.teacher import Teacher
 
-OBJECTIVES: dict[str, type[Objective]] = {objective.name: objective for objective in (L2SP,)}
+OBJECTIVES: dict[str, type[Objective]] = {
+    objective.name: objective for objective in (L2SP, HiddenStateMatching, AttentionMatching)
+}
 """What a recipe's ``objectives:`` section can name."""
 
 __all__ = [
@@ -20,5 +23,6 @@ __all__ = [
     "Distillation",
     "HiddenStateMatching",
     "Objective",
+    "StoredDistillation",
     "Teacher",
 ]

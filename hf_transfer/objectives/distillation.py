@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_transfer.errors import ConfigurationError
 from hf_transfer.functional import (
@@ -20,7 +20,7 @@ from hf_transfer.functional import (
 )
 from hf_transfer.linear_head import LinearHead
 from hf_transfer.linear_loss import TeacherHead
-from hf_transfer.losses import loss_kind, shifts_labels, transformer_in
+from hf_transfer.losses import CLASSIFICATION, LossKind, label_names, loss_kind, shifts_labels, transformer_in
 from hf_transfer.objectives.base import Objective
 from hf_transfer.objectives.teacher import Teacher
 from hf_transfer.schedules import Schedule
@@ -31,7 +31,56 @@ logger = logging.getLogger(__name__)
 SHOWN = 4  # labels named in a message
 
 
-class Distillation(Objective):
+class TeacherPredictions(Objective):
+    """What learning from a teacher's predictions has in common, whether the teacher is there or stored.
+
+    Args:
+        weight: The paper's alpha.
+        temperature: T of both distributions.
+    """
+
+    name: ClassVar[str] = "distillation"
+
+    def __init__(self, *, weight: float | Schedule, temperature: float) -> None:
+        super().__init__(weight=weight)
+        self.temperature = temperature
+
+    def fuse(self) -> None:
+        """Get ready for :meth:`linear_terms`.
+
+        Raises:
+            ConfigurationError: The loss cannot be fused with the head.
+        """
+
+    def linear_terms(self, batch: Mapping[str, Any], progress: float) -> dict[str, Any]:
+        """The arguments of :func:`hf_transfer.linear_loss.linear_distillation_loss` that are the teacher's: a row for
+        each position that is scored, in the order of the batch. Needs :meth:`fuse`."""
+        raise NotImplementedError(f"{type(self).__name__} must define linear_terms().")
+
+    def _settle(self, student: PreTrainedModel, kind: LossKind | None, teacher: str) -> None:
+        """Refuse a teacher of another ``kind``, and find out which positions are compared."""
+        own = loss_kind(student)
+        if own is None or own != kind:
+            raise ConfigurationError(
+                f"teacher: {teacher} ({kind or 'another task'}) cannot teach {type(student).__name__} "
+                f"({own or 'another task'}): expected the same kind of prediction, with a head over classes or tokens."
+            )
+        self._shifts = shifts_labels(student)
+        self.averaged_over = "examples" if kind == "classification" else "labels"
+
+    def _kept(self, batch: Mapping[str, Any]) -> Tensor:
+        """Which positions are scored (B, T), or (B, T - 1) where labels are shifted."""
+        labels = batch["labels"][:, 1:] if self._shifts else batch["labels"]
+        return labels != IGNORED
+
+    def _rows(self, batch: Mapping[str, Any], logits: Tensor) -> Tensor:
+        """Those of ``logits`` that are compared, (N, C): of every example, or of every token that is scored."""
+        if self.averaged_over == "examples":
+            return logits
+        return (logits[:, :-1] if self._shifts else logits)[self._kept(batch)]
+
+
+class Distillation(TeacherPredictions):
     """``T^2 KL(softmax(t / T) || softmax(s / T))``: the student s learns the teacher's t whole distribution (Hinton et
     al. 2015).
 
@@ -66,14 +115,13 @@ class Distillation(Objective):
 
     Relations:
         ``HiddenStateMatching`` and ``AttentionMatching`` teach what lies below the head;
-        ``CrossTokenizerDistillation`` takes a teacher that cuts texts into other tokens.
+        ``CrossTokenizerDistillation`` takes a teacher that cuts texts into other tokens; ``StoredDistillation`` reads
+        the predictions of a teacher that was run before.
 
     References:
         Hinton et al. 2015, Distilling the Knowledge in a Neural Network, section 2. Agarwal et al. 2024 (GKD) for the
         divergences.
     """
-
-    name: ClassVar[str] = "distillation"
 
     def __init__(
         self,
@@ -85,10 +133,9 @@ class Distillation(Objective):
         beta: float = 0.5,
         vocabulary: int | None = None,
     ) -> None:
-        super().__init__(weight=weight)
+        super().__init__(weight=weight, temperature=temperature)
         check_divergence(divergence, temperature, beta)
         self.teacher = Teacher.of(teacher)
-        self.temperature = temperature
         self.divergence = divergence
         self.beta = beta
         self.vocabulary = vocabulary
@@ -97,18 +144,11 @@ class Distillation(Objective):
 
     def prepare(self, model: nn.Module) -> None:
         student, teacher = transformer_in(model), self.teacher.core
-        kinds = [loss_kind(each) for each in (student, teacher)]
-        if kinds[0] is None or kinds[0] != kinds[1]:
-            raise ConfigurationError(
-                f"teacher: {type(teacher).__name__} ({kinds[1] or 'another task'}) cannot teach "
-                f"{type(student).__name__} ({kinds[0] or 'another task'}): expected the same kind of prediction, with "
-                "a head over classes or tokens."
-            )
+        kind = loss_kind(teacher)
+        self._settle(student, kind, type(teacher).__name__)
         self.teacher.serve(self, model)
-        self._shifts = shifts_labels(student)
-        self.averaged_over = "examples" if kinds[0] == "classification" else "labels"
-        if kinds[0] in ("classification", "token classification"):
-            self._order = label_order(student.config, teacher.config)
+        if kind in CLASSIFICATION:
+            self._order = label_order(label_names(student.config), label_names(teacher.config))
         else:
             self.vocabulary = _common_vocabulary(student.config, teacher.config, self.vocabulary)
 
@@ -139,20 +179,13 @@ class Distillation(Objective):
         return counts.index_add_(0, examples.to(counts.device), each)
 
     def fuse(self) -> None:
-        """Get ready for :meth:`linear_terms`.
-
-        Raises:
-            ConfigurationError: The teacher's head cannot be left out of its forward.
-        """
         self._teacher_head = LinearHead(self.teacher.model)
 
     def linear_terms(self, batch: Mapping[str, Any], progress: float) -> dict[str, Any]:
-        """The arguments of :func:`hf_transfer.linear_loss.linear_distillation_loss` that are the teacher's: a row for
-        each position that is scored, in the order of the batch. Needs :meth:`fuse`."""
         assert self._teacher_head is not None
         head, device = self._teacher_head, batch["labels"].device
         with head.skipped():
-            hidden = self.teacher(batch).logits[:, :-1][self._kept(batch)]
+            hidden = self._rows(batch, self.teacher(batch).logits)
         bias = None if head.bias is None else head.bias[: self.vocabulary].to(device)
         return {
             "teacher": TeacherHead(hidden, head.weight[: self.vocabulary].to(device), bias),
@@ -162,19 +195,10 @@ class Distillation(Objective):
             "beta": self.beta,
         }
 
-    def _kept(self, batch: Mapping[str, Any]) -> Tensor:
-        """Which positions are scored (B, T), or (B, T - 1) where labels are shifted."""
-        labels = batch["labels"][:, 1:] if self._shifts else batch["labels"]
-        return labels != IGNORED
-
     def _positions(self, batch: Mapping[str, Any], outputs: Any) -> tuple[Tensor, Tensor]:
-        """The logits to compare, (N, C) each: of every example, or of every token that is scored."""
-        student, teacher = outputs.logits, self.teacher(batch).logits.to(outputs.logits.device)
-        if self.averaged_over == "labels":
-            if self._shifts:
-                student, teacher = student[:, :-1], teacher[:, :-1]
-            kept = self._kept(batch)
-            student, teacher = student[kept], teacher[kept]
+        """The logits to compare, (N, C) each."""
+        answers = outputs.logits, self.teacher(batch).logits.to(outputs.logits.device)
+        student, teacher = (self._rows(batch, logits) for logits in answers)
         if self._order is not None:
             return student, teacher[:, self._order]
         return student[:, : self.vocabulary], teacher[:, : self.vocabulary]
@@ -191,7 +215,7 @@ class Distillation(Objective):
         return distance, temperature_factor(kind, temperature)
 
 
-def label_order(student: PreTrainedConfig, teacher: PreTrainedConfig) -> list[int] | None:
+def label_order(student: list[str], teacher: list[str]) -> list[int] | None:
     """The teacher's place of each of the student's labels; ``None`` where they stand in the same order.
 
     Labels are compared by name, in small or capital letters. Names that transformers made up (LABEL_0) say nothing:
@@ -200,9 +224,7 @@ def label_order(student: PreTrainedConfig, teacher: PreTrainedConfig) -> list[in
     Raises:
         ConfigurationError: The two have other labels, or not the same number of them.
     """
-    ours, theirs = (
-        [name.lower() for _, name in sorted((config.id2label or {}).items())] for config in (student, teacher)
-    )
+    ours, theirs = ([name.lower() for name in names] for names in (student, teacher))
     named = not any(names == [f"label_{index}" for index in range(len(names))] for names in (ours, theirs))
     if len(ours) != len(theirs) or (named and sorted(ours) != sorted(theirs)):
         raise ConfigurationError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +13,14 @@ from hf_transfer.errors import ConfigurationError, nearest
 from hf_transfer.objectives.base import Objective
 from hf_transfer.objectives.teacher import Teacher
 from hf_transfer.schedules import Schedule
+from hf_transfer.schema import Supplied
 from hf_transfer.students import LayerMap, layer_map, tower_sizes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Distance = Literal["mse", "cosine"]
+TaughtBy = Annotated[nn.Module | Teacher, Supplied()]
 
 
 def hidden_state_distance(student: Tensor, teacher: Tensor, real: Tensor, *, distance: Distance = "mse") -> Tensor:
@@ -75,7 +77,7 @@ class _LayerMatching(Objective):
     _axes: ClassVar[int]
     """How many axes each has."""
 
-    def __init__(self, teacher: nn.Module | Teacher, *, weight: float | Schedule, layers: LayerMap) -> None:
+    def __init__(self, teacher: TaughtBy, *, weight: float | Schedule, layers: LayerMap) -> None:
         super().__init__(weight=weight)
         self.teacher = Teacher.of(teacher)
         self.layers = layers
@@ -188,7 +190,7 @@ class HiddenStateMatching(_LayerMatching):
 
     def __init__(
         self,
-        teacher: nn.Module | Teacher,
+        teacher: TaughtBy,
         *,
         weight: float | Schedule = 1.0,
         layers: LayerMap = "uniform",
@@ -242,7 +244,11 @@ class AttentionMatching(_LayerMatching):
     _axes: ClassVar[int] = 4
 
     def __init__(
-        self, teacher: nn.Module | Teacher, *, weight: float | Schedule = 1.0, layers: LayerMap = "uniform"
+        self,
+        teacher: TaughtBy,
+        *,
+        weight: float | Schedule = 1.0,
+        layers: LayerMap = "uniform",
     ) -> None:
         super().__init__(teacher, weight=weight, layers=layers)
 

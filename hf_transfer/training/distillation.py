@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
@@ -16,7 +17,9 @@ from hf_transfer.functional import Divergence
 from hf_transfer.losses import shifts_labels
 from hf_transfer.models import ModelSpec, load_tokenizer, load_trained
 from hf_transfer.objectives.base import Objective
-from hf_transfer.objectives.distillation import Distillation
+from hf_transfer.objectives.distillation import Distillation, TeacherPredictions
+from hf_transfer.objectives.stored import StoredDistillation
+from hf_transfer.teacher_store import TeacherStore
 from hf_transfer.training.trainer import TransferTrainer
 from hf_transfer.vocabularies import shared_vocabulary
 
@@ -34,20 +37,22 @@ class DistillationTrainer(TransferTrainer):
     Args:
         model: The student. ``student_from(teacher, layers=...)`` makes one from the teacher's own layers.
         args: As for ``Trainer``.
-        teacher: A model that is trained for the same task, or its Hub id or folder.
+        teacher: A model that is trained for the same task, or its Hub id or folder; or a ``TeacherStore`` of the
+            training data, and then there is no teacher in memory.
         alpha: Weight of the teacher's distribution, in [0, 1]; the labels get ``1 - alpha``. At 1 they are not used.
         temperature: See ``Distillation``.
-        divergence: See ``Distillation``.
+        divergence: See ``Distillation``; of a store, ``forward_kl``.
         beta: See ``Distillation``.
         teacher_tokenizer: Compared with ``processing_class`` token by token, where both are given; read from the
             teacher's folder where that is given.
-        compare_to_teacher: Whether evaluation runs the teacher too.
+        compare_to_teacher: Whether evaluation runs the teacher too, where it is there.
         fused_loss: See ``TransferTrainer``; by default on for causal language models.
         objectives: Further terms.
         **options: As for ``TransferTrainer``, except ``task_weight``, which is ``1 - alpha``.
 
     Raises:
-        ConfigurationError: ``alpha`` outside [0, 1], no teacher, and what ``Distillation`` refuses.
+        ConfigurationError: ``alpha`` outside [0, 1], a store of other data or for another divergence, and what
+            ``Distillation`` and ``StoredDistillation`` refuse.
 
     Example:
         >>> trainer = DistillationTrainer(student, args, teacher=teacher, alpha=0.7, temperature=3, train_dataset=rows)
@@ -62,7 +67,7 @@ class DistillationTrainer(TransferTrainer):
         model: nn.Module | None = None,
         args: TrainingArguments | None = None,
         *,
-        teacher: nn.Module | str | Path,
+        teacher: nn.Module | TeacherStore | str | Path,
         alpha: float = 0.5,
         temperature: float = 2.0,
         divergence: Divergence = "forward_kl",
@@ -86,16 +91,22 @@ class DistillationTrainer(TransferTrainer):
             teacher = load_trained(spec)
             if teacher_tokenizer is None and isinstance(options.get("processing_class"), PreTrainedTokenizerBase):
                 teacher_tokenizer = load_tokenizer(spec)
-        self.compare_to_teacher = compare_to_teacher
         self._counts: torch.Tensor | None = None
-        self.distillation = Distillation(
-            teacher,
-            weight=alpha,
-            temperature=temperature,
-            divergence=divergence,
-            beta=beta,
-            vocabulary=_vocabulary(options.get("processing_class"), teacher_tokenizer),
-        )
+        self.distillation: TeacherPredictions
+        self._compared: Distillation | None = None
+        if isinstance(teacher, TeacherStore):
+            _check_stored(teacher, divergence, options.get("train_dataset"))
+            self.distillation = StoredDistillation(teacher, weight=alpha, temperature=temperature)
+        else:
+            self.distillation = Distillation(
+                teacher,
+                weight=alpha,
+                temperature=temperature,
+                divergence=divergence,
+                beta=beta,
+                vocabulary=_vocabulary(options.get("processing_class"), teacher_tokenizer),
+            )
+            self._compared = self.distillation if compare_to_teacher else None
         super().__init__(
             model,
             args,
@@ -113,8 +124,8 @@ class DistillationTrainer(TransferTrainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        if self.compare_to_teacher and not model.training:
-            counts = self.distillation.agreement(self.accelerator.unwrap_model(model), inputs, outputs)
+        if self._compared is not None and not model.training:
+            counts = self._compared.agreement(self.accelerator.unwrap_model(model), inputs, outputs)
             total = self.accelerator.gather_for_metrics(counts).double().sum(0)
             self._counts = total if self._counts is None else self._counts + total
         return (loss, outputs) if return_outputs else loss
@@ -129,9 +140,9 @@ class DistillationTrainer(TransferTrainer):
     ) -> EvalLoopOutput:
         self._counts = None
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        if self._counts is not None and output.metrics is not None:
+        if self._counts is not None and self._compared is not None and output.metrics is not None:
             same, distance, answers = self._counts.tolist()
-            number = self.distillation.teacher.core.config.problem_type == "regression"
+            number = self._compared.teacher.core.config.problem_type == "regression"
             output.metrics[f"{metric_key_prefix}_teacher_{'mse' if number else 'kl'}"] = distance / max(1.0, answers)
             if not number:
                 output.metrics[f"{metric_key_prefix}_teacher_agreement"] = same / max(1.0, answers)
@@ -143,3 +154,16 @@ def _vocabulary(student: Any, teacher: PreTrainedTokenizerBase | None) -> int | 
     if not isinstance(student, PreTrainedTokenizerBase) or teacher is None:
         return None
     return shared_vocabulary(student, teacher)
+
+
+def _check_stored(store: TeacherStore, divergence: str, dataset: Any) -> None:
+    if divergence != "forward_kl":
+        raise ConfigurationError(
+            f"divergence = '{divergence}': a stored teacher serves 'forward_kl', the one divergence that what is "
+            "stored is enough for."
+        )
+    if isinstance(dataset, Dataset) and len(dataset) != len(store):
+        raise ConfigurationError(
+            f"teacher: the store is of {len(store)} examples, train_dataset has {len(dataset)}. Expected the data "
+            "that the store was built from, in the same order."
+        )

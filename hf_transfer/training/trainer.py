@@ -18,14 +18,15 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import has_length
 
+from hf_transfer.batches import EXAMPLE_INDEX
 from hf_transfer.depth import named_parameters, original_name
 from hf_transfer.errors import ConfigurationError
-from hf_transfer.features import EXAMPLE_INDEX, Precision, PrefixCache
+from hf_transfer.features import Precision, PrefixCache
 from hf_transfer.linear_head import LinearHead
 from hf_transfer.linear_loss import LinearLoss, linear_distillation_loss
 from hf_transfer.losses import shifts_labels
 from hf_transfer.objectives.base import Objective
-from hf_transfer.objectives.distillation import Distillation
+from hf_transfer.objectives.distillation import TeacherPredictions
 from hf_transfer.schedules import GradualUnfreeze, Schedule, UnfreezeSchedule
 from hf_transfer.tasks import IGNORED
 from hf_transfer.training.rates import DepthRates, LearningRateBands
@@ -116,7 +117,7 @@ class TransferTrainer(Trainer):
             _prepare_arguments_for_schedule(args)
         super().__init__(model, args, **trainer_arguments)
         self._refuse_contradictions()
-        if frozen_prefix_cache is not None:
+        if self._index_readers:
             self.train_dataset = self._indexed(self.train_dataset)
         self._loss_shifts_labels = shifts_labels(self.model)
         self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs and self._loss_shifts_labels
@@ -268,7 +269,7 @@ class TransferTrainer(Trainer):
             super()._set_signature_columns_if_needed()
             own: list[str] = self._signature_columns or []
             wanted = {column for objective in self.objectives for column in objective.columns}
-            if self.frozen_prefix_cache is not None:
+            if self._index_readers:
                 wanted.add(EXAMPLE_INDEX)
             self._objective_columns = wanted - set(own)
             own += sorted(self._objective_columns)
@@ -331,16 +332,17 @@ class TransferTrainer(Trainer):
         index = {name: inputs[name] for name in (EXAMPLE_INDEX,) if name in inputs}
         return self._prefix.replay({**model_inputs, **index})
 
+    @property
+    def _index_readers(self) -> list[str]:
+        """What looks up by an example's number what was computed of it before."""
+        cache = [] if self.frozen_prefix_cache is None else ["frozen_prefix_cache"]
+        return cache + [objective.name for objective in self.objectives if EXAMPLE_INDEX in objective.columns]
+
     def _indexed(self, dataset: Any) -> Dataset:
-        if self.unfreeze is None:
-            raise ConfigurationError("frozen_prefix_cache: nothing is frozen. Give 'unfreeze' as well.")
         if not isinstance(dataset, Dataset):
             raise ConfigurationError(
-                f"frozen_prefix_cache: expected a datasets.Dataset to train on, found {type(dataset).__name__}."
+                f"{self._index_readers[0]}: expected a datasets.Dataset to train on, found {type(dataset).__name__}."
             )
-        readers = [objective.name for objective in self.objectives if objective.hidden_states]
-        if readers:
-            raise ConfigurationError(f"frozen_prefix_cache: {readers[0]} reads hidden states that are not computed.")
         return dataset.add_column(EXAMPLE_INDEX, list(range(len(dataset))))
 
     def _add_objectives(
@@ -375,12 +377,12 @@ class TransferTrainer(Trainer):
     # ---- the fused loss ----
 
     @property
-    def _distillation(self) -> Distillation | None:
-        return next((each for each in self.objectives if isinstance(each, Distillation)), None)
+    def _distillation(self) -> TeacherPredictions | None:
+        return next((each for each in self.objectives if isinstance(each, TeacherPredictions)), None)
 
     def _head_to_fuse(self) -> LinearHead | None:
         """The head to leave out of the model's forward, if nothing but the loss reads its logits."""
-        readers = [each.name for each in self.objectives if each.logits and not isinstance(each, Distillation)]
+        readers = [each.name for each in self.objectives if each.logits and not isinstance(each, TeacherPredictions)]
         try:
             if self.compute_loss_func is not None or self.label_smoother is not None:
                 raise ConfigurationError("compute_loss_func and label smoothing need the logits.")
@@ -449,8 +451,8 @@ class TransferTrainer(Trainer):
             raise ConfigurationError("Rates by depth need the optimizer to be made here: do not pass 'optimizers'.")
         if self.learning_rate_schedule is not None and self.lr_scheduler is not None:
             raise ConfigurationError("learning_rate_schedule: 'optimizers' brings a scheduler. Give one of them.")
-        if self.frozen_prefix_cache is not None and self.is_fsdp_enabled:
-            raise ConfigurationError("frozen_prefix_cache: FSDP shards the weights that the cache is named after.")
+        if self.frozen_prefix_cache is not None:
+            self._refuse_cache()
         fsdp = getattr(self.accelerator.state, "fsdp_plugin", None)
         if self.unfreeze is None:
             return
@@ -460,6 +462,18 @@ class TransferTrainer(Trainer):
                 f"unfreeze: {found} fixes its flat parameters at the start, so layers cannot open later. "
                 "Use DDP or FSDP version 2, or train without a schedule."
             )
+
+    def _refuse_cache(self) -> None:
+        """Refuse a cache of the frozen prefix where there is none, or where something reads what it leaves out."""
+        readers = [objective.name for objective in self.objectives if objective.hidden_states or objective.attentions]
+        if self.unfreeze is None:
+            raise ConfigurationError("frozen_prefix_cache: nothing is frozen. Give 'unfreeze' as well.")
+        if readers:
+            raise ConfigurationError(
+                f"frozen_prefix_cache: {readers[0]} reads hidden states or attentions that are not computed."
+            )
+        if self.is_fsdp_enabled:
+            raise ConfigurationError("frozen_prefix_cache: FSDP shards the weights that the cache is named after.")
 
 
 class _TransferCallback(TrainerCallback):
