@@ -14,7 +14,7 @@ from hf_transfer.errors import ConfigurationError
 from hf_transfer.functional import Divergence, check_divergence
 from hf_transfer.linear_blocks import (
     Terms,
-    any_divergence_block,
+    autograd_block,
     cross_entropy_block,
     forward_kl_block,
 )
@@ -210,7 +210,7 @@ def _evaluate(
     size, block_size = job.chunk_size, _block_size(hidden.device, len(head.weight))
     scale, block_loss = 1.0, partial(cross_entropy_block, job.terms)
     if teacher is not None and (job.terms.kind != "forward_kl" or len(teacher.weight) < len(head.weight)):
-        block_loss = partial(any_divergence_block, job.terms)
+        block_loss = partial(autograd_block, job.terms)
     elif job.teacher is not None:
         scratch = head.weight.new_empty(
             1 if teacher is None else 2, min(block_size, size), len(head.weight), dtype=sums
