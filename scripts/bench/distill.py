@@ -3,8 +3,8 @@
     pip install --no-deps --target PEERS trl==1.16.0 liger-kernel==0.8.5
     PYTHONPATH=PEERS python scripts/bench/distill.py [--vocabularies 32000 128256] [--rounds 3]
 
-A step is the forward passes, the loss, backward and AdamW of a Llama student (hidden 128, 2 layers) on 4 x 256 tokens, with a
-Llama teacher (hidden 256, 4 layers), T = 2, half the weight on the divergence, float32. Seconds are CPU seconds of the
+A step is the forward passes, the loss, backward and AdamW of a Llama student (hidden 128, 2 layers) on 4 x 256 tokens,
+with a Llama teacher (hidden 256, 4 layers), T = 2, half the weight on the divergence, float32. Seconds are CPU seconds of the
 process at one thread, the median of its steps after the first; MiB is the process's peak over all steps (Linux) above
 its level before the first. Every figure comes from a process of its own, variants take turns, and the table has the
 medians over rounds. The offline variants read a top 64, or 12 draws per token, that were taken from the teacher before.
@@ -173,7 +173,8 @@ def loss_of(variant: str, student: Any, teacher: Any, stored: Any) -> Callable[[
             tokens[:, 1:].flatten(),
         )
 
-    return {"plain": plain, "trl": trl, "liger": liger}.get(variant, naive if "naive" in variant or "logits" in variant else fused)
+    full_logits = variant == "naive" or variant.endswith("of_logits")
+    return {"plain": plain, "trl": trl, "liger": liger}.get(variant, naive if full_logits else fused)
 
 
 def run(variant: str, vocabulary: int, gradients: str | None) -> None:
