@@ -4,10 +4,10 @@
     PYTHONPATH=PEERS python scripts/bench/distill.py [--vocabularies 32000 128256] [--rounds 3]
 
 A step is the forward passes, the loss, backward and AdamW of a Llama student (hidden 128, 2 layers) on 4 x 256 tokens,
-with a Llama teacher (hidden 256, 4 layers), T = 2, half the weight on the divergence, float32. Seconds are CPU seconds of the
-process at one thread, the median of its steps after the first; MiB is the process's peak over all steps (Linux) above
-its level before the first. Every figure comes from a process of its own, variants take turns, and the table has the
-medians over rounds. The offline variants read a top 64, or 12 draws per token, that were taken from the teacher before.
+with a Llama teacher (hidden 256, 4 layers), T = 2, half the weight on the divergence, float32. Seconds are CPU seconds
+of the process at one thread, the median of its steps after the first; MiB is the process's peak over all steps (Linux)
+above its level before the first. Every figure comes from a process of its own, variants take turns, and the table has
+the medians over rounds. The offline variants read a top 64, or 12 draws per token, taken from the teacher before.
 Loss and gradients are compared first: online variants with the naive one, offline ones with the same loss of full
 logits. A peer that is not installed is said and left out.
 """
