@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from hf_transfer.errors import ConfigurationError
 from hf_transfer.functional import Divergence, check_divergence
@@ -163,8 +162,11 @@ class _LinearLoss(torch.autograd.Function):
         return job.terms.task_weight * cross_entropy + job.terms.teacher_weight * soft, cross_entropy, soft
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "linear_distillation_loss has no second derivative: differentiate it without create_graph=True."
+            )
         gradients, ctx.gradients = ctx.gradients, None  # the last reference: .grad takes the tensors, not copies
         if gradients is None:
             raise RuntimeError(

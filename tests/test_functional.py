@@ -133,7 +133,6 @@ def test_top_k_grows_into_the_full_divergence():
     )
     assert (values >= 0).all()
     assert (values.diff(dim=0) >= -1e-12).all()
-    assert ((full - values[3]) < 0.05 * full).all()
     torch.testing.assert_close(values[-1], full)
     equal = top_k_divergence(teacher.float(), *stored(teacher.float(), 7))
     assert (equal >= 0).all()

@@ -264,7 +264,7 @@ def test_no_tensor_of_all_tokens_and_the_vocabulary(kind):
         linear_distillation_loss(
             hidden, weight, case.labels, case.head, bias=bias, kind=kind, chunk_size=20
         ).loss.backward()
-    assert operations.largest == max(20 * TOKENS, 400 * TEACHER_WIDTH)
+    assert operations.largest == max(20 * TOKENS, 400 * WIDTH)
 
 
 def test_what_needs_no_gradient_costs_nothing():
@@ -301,9 +301,8 @@ def test_the_gradient_is_handed_over_once():
     with pytest.raises(RuntimeError, match="handed over|hands its gradients over"):
         loss.backward()
     again = linear_distillation_loss(hidden, weight, case.labels, case.head).loss
-    (gradient,) = torch.autograd.grad(again, hidden, create_graph=True)
-    with pytest.raises(RuntimeError, match="twice"):
-        gradient.sum().backward()
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(again, hidden, create_graph=True)
 
 
 def test_only_the_loss_is_differentiable():
