@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from hf_transfer.functional import Divergence, divergence, known_divergence, temperature_factor
+from hf_transfer.functional import Divergence, divergence, known_divergence, temperature_factor, top_k_divergence
 from hf_transfer.targets import Samples, TopK
 
 
@@ -59,24 +59,27 @@ def cross_entropy_block(terms: Terms, logits: Tensor, labels: Tensor, _: None) -
     return BlockValues(total.log() - at_label, torch.zeros_like(total), terms.task_weight / total)
 
 
-def any_divergence_block(terms: Terms, logits: Tensor, labels: Tensor, teacher_logits: Tensor) -> BlockValues:
-    """Any divergence from teacher logits (b, Vt) over the first Vt <= V tokens, by autograd."""
+def autograd_block(terms: Terms, logits: Tensor, labels: Tensor, target: Tensor | TopK) -> BlockValues:
+    """Any divergence from teacher logits (b, Vt), over their Vt <= V tokens, or from a stored top k, by autograd."""
     with torch.set_grad_enabled(terms.differentiate):
         student_logits = logits.detach().requires_grad_()
         cross_entropy = functional.cross_entropy(student_logits, labels.squeeze(-1), reduction="none")
-        soft = divergence(
-            student_logits[:, : teacher_logits.shape[-1]],
-            teacher_logits,
-            kind=terms.kind,
-            temperature=terms.temperature,
-            beta=terms.beta,
-        )
+        if isinstance(target, TopK):
+            soft = top_k_divergence(student_logits, *target, temperature=terms.temperature)
+        else:
+            soft = divergence(
+                student_logits[:, : target.shape[-1]],
+                target,
+                kind=terms.kind,
+                temperature=terms.temperature,
+                beta=terms.beta,
+            )
         if terms.differentiate:
             total = terms.task_weight * cross_entropy + terms.teacher_weight * terms.factor * soft
             (gradient,) = torch.autograd.grad(total.sum(), student_logits)
             logits.copy_(gradient)
     cross_entropy, soft = cross_entropy.detach().unsqueeze(-1), soft.detach().unsqueeze(-1)
-    return BlockValues(cross_entropy, soft, torch.ones_like(soft))
+    return BlockValues(cross_entropy, soft.to(cross_entropy.dtype), torch.ones_like(cross_entropy))
 
 
 def forward_kl_block(
@@ -96,19 +99,23 @@ def forward_kl_block(
         target: Logits (b, V), overwritten; or stored targets of b rows.
     """
     power, pull = terms.temperature, terms.teacher_weight * terms.factor / terms.temperature
-    soft_exp = _exp(logits, out=scratch[0, : len(logits)])
+    floor = _floor(logits, products=2 if power == 2 else 1)
+    soft_exp = _exp(logits, floor, out=scratch[0, : len(logits)])
     soft_total = soft_exp.sum(-1, keepdim=True)
     at_label = logits.gather(-1, labels)
     if isinstance(target, TopK):
-        soft = _top_k_target(target, logits, soft_exp, soft_total, power if terms.task_weight else None)
+        tail = _tail(soft_exp, target.ids)
+        if tail is not None and bool((tail < 1e4 * logits.shape[-1] * math.exp(floor)).any()):
+            return autograd_block(terms, logits.mul_(power), labels, target)  # in log space: the floor would show
+        soft = _top_k_target(target, logits, soft_total, tail, power if terms.task_weight else None)
     elif isinstance(target, Samples):
         soft = _sampled_target(target, logits, soft_total)
     else:
-        soft = _logits_target(target, logits, soft_total, scratch[1, : len(logits)])
+        soft = _logits_target(target.to(logits.dtype), logits, soft_total, floor, scratch[1, : len(logits)])
     if power in (1, 2):
         torch.pow(soft_exp, power, out=logits)
     else:
-        logits.mul_(power).clamp_min_(_floor(logits)).exp_()
+        logits.mul_(power).clamp_min_(floor).exp_()
     task_total = logits.sum(-1, keepdim=True)
     cross_entropy = task_total.log() - power * at_label
     if not terms.differentiate:
@@ -139,38 +146,44 @@ class _SoftTarget(NamedTuple):
     subtract: Callable[[Tensor, Tensor], Any]
 
 
-def _logits_target(teacher_logits: Tensor, logits: Tensor, soft_total: Tensor, scratch: Tensor) -> _SoftTarget:
-    exp = _exp(teacher_logits, out=scratch)
+def _logits_target(
+    teacher_logits: Tensor, logits: Tensor, soft_total: Tensor, floor: float, scratch: Tensor
+) -> _SoftTarget:
+    exp = _exp(teacher_logits, floor, out=scratch)
     total = exp.sum(-1, keepdim=True)
     gap = teacher_logits.sub_(logits).mul_(exp).sum(-1, keepdim=True) / total
     value = gap + (soft_total / total).log()
     return _SoftTarget(value, 1.0, lambda gradient, weight: gradient.sub_(exp.mul_(weight / total)))
 
 
+def _tail(soft_exp: Tensor, ids: Tensor) -> Tensor | None:
+    """What is left of the sum of ``soft_exp`` without ``ids``, (b, 1); nothing where they are the whole vocabulary."""
+    if ids.shape[-1] == soft_exp.shape[-1]:
+        return None
+    at_ids = soft_exp.gather(-1, ids)
+    tail = soft_exp.scatter_(-1, ids, 0).sum(-1, keepdim=True)
+    soft_exp.scatter_(-1, ids, at_ids)
+    return tail
+
+
 def _top_k_target(
-    target: TopK, logits: Tensor, soft_exp: Tensor, soft_total: Tensor, power: float | None
+    target: TopK, logits: Tensor, soft_total: Tensor, tail: Tensor | None, power: float | None
 ) -> _SoftTarget:
     """The tail's pull, ``p_tail q_v / q_tail``, is part of the share of q; the K tokens are then written over, for
     what the share puts there can be many times larger than what belongs there."""
-    ids, k = target.ids, target.ids.shape[-1]
-    at_ids = logits.gather(-1, ids)
+    at_ids = logits.gather(-1, target.ids)
     log_q, log_p = at_ids - soft_total.log(), target.log_probabilities.to(logits.dtype)
-    share: Tensor | float = 1.0
-    if k < logits.shape[-1]:
-        exp_at_ids = soft_exp.gather(-1, ids)
-        q_tail = soft_exp.scatter_(-1, ids, 0).sum(-1, keepdim=True) / soft_total
-        soft_exp.scatter_(-1, ids, exp_at_ids)
-        log_q = torch.cat([log_q, q_tail.log()], -1)
+    if tail is not None:
+        log_q = torch.cat([log_q, (tail / soft_total).log()], -1)
         log_p = torch.cat([log_p, target.tail_log_probability.unsqueeze(-1).to(logits.dtype)], -1)
     p = log_p.softmax(-1)
-    if k < logits.shape[-1]:
-        share = 1 - p[:, k:] / q_tail
+    k = at_ids.shape[-1]
     difference = log_q[:, :k].exp() - p[:, :k]
     task_exp = (at_ids * power).exp() if power else 0
     return _SoftTarget(
         known_divergence(p, log_q).unsqueeze(-1),
-        share,
-        lambda gradient, weight: gradient.scatter_(-1, ids, task_exp + weight * difference),
+        1.0 if tail is None else 1 - p[:, k:] * soft_total / tail,
+        lambda gradient, weight: gradient.scatter_(-1, target.ids, task_exp + weight * difference),
     )
 
 
@@ -185,16 +198,16 @@ def _sampled_target(target: Samples, logits: Tensor, soft_total: Tensor) -> _Sof
     )
 
 
-def _exp(logits: Tensor, out: Tensor) -> Tensor:
-    """exp of the rows of ``logits``, from which their maxima are subtracted in place; nothing below :func:`_floor`."""
+def _exp(logits: Tensor, floor: float, out: Tensor) -> Tensor:
+    """exp of the rows of ``logits``, from which their maxima are subtracted in place; of ``floor`` where below it."""
     logits.sub_(logits.amax(-1, keepdim=True))
-    return torch.clamp(logits, min=_floor(logits), out=out).exp_()
+    return torch.clamp(logits, min=floor, out=out).exp_()
 
 
-def _floor(logits: Tensor) -> float:
-    """The exponent at which exponentials stop falling, so that a product of two of them is still a normal number.
+def _floor(logits: Tensor, *, products: int = 1) -> float:
+    """The exponent at which exponentials stop falling, so that ``products`` of them multiplied are a normal number.
 
-    What lies below it (e^-39 in float32) is no part of a sum that has a 1 in it; a subnormal number would cost the
-    processor a hundred times a normal one.
+    What lies below (e^-79 in float32, e^-39 for two) is no part of a sum that has a 1 in it; a subnormal number would
+    cost the processor a hundred times a normal one.
     """
-    return 0.45 * math.log(torch.finfo(logits.dtype).tiny)
+    return 0.9 / products * math.log(torch.finfo(logits.dtype).tiny)

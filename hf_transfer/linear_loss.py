@@ -8,13 +8,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from hf_transfer.errors import ConfigurationError
 from hf_transfer.functional import Divergence, check_divergence
 from hf_transfer.linear_blocks import (
     Terms,
-    any_divergence_block,
+    autograd_block,
     cross_entropy_block,
     forward_kl_block,
 )
@@ -164,8 +163,11 @@ class _LinearLoss(torch.autograd.Function):
         return job.terms.task_weight * cross_entropy + job.terms.teacher_weight * soft, cross_entropy, soft
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "linear_distillation_loss has no second derivative: differentiate it without create_graph=True."
+            )
         gradients, ctx.gradients = ctx.gradients, None  # the last reference: .grad takes the tensors, not copies
         if gradients is None:
             raise RuntimeError(
@@ -207,7 +209,7 @@ def _evaluate(
     size, block_size = job.chunk_size, _block_size(hidden.device, len(head.weight))
     scale, block_loss = 1.0, partial(cross_entropy_block, job.terms)
     if teacher is not None and (job.terms.kind != "forward_kl" or len(teacher.weight) < len(head.weight)):
-        block_loss = partial(any_divergence_block, job.terms)
+        block_loss = partial(autograd_block, job.terms)
     elif job.teacher is not None:
         scratch = head.weight.new_empty(
             1 if teacher is None else 2, min(block_size, size), len(head.weight), dtype=sums
