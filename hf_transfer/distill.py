@@ -63,6 +63,7 @@ class DistillationRecipe(FineTuneRecipe):
     """
 
     name: ClassVar[str] = "distillation"
+    learns_without_labels: ClassVar[bool] = True
     supplies: ClassVar[frozenset[str]] = frozenset({"teacher"})
 
     teacher: ModelSpec

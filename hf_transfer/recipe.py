@@ -205,6 +205,16 @@ class TrainingRecipe(Recipe):
     data: TextData
     training: Annotated[dict[str, Any], Checked(_training_options)]
 
+    learns_without_labels: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.data.unlabelled is not None and not self.learns_without_labels:
+            raise ConfigurationError(
+                f"data.unlabelled: the recipe '{self.name}' learns from labels alone. Take recipe: distillation, "
+                "whose teacher needs none."
+            )
+
     def build(self) -> TransferTrainer:
         """The trainer, ready for ``train()``: the data are read and checked first, the model is loaded last.
 

@@ -30,7 +30,7 @@ from hf_transfer.objectives import L2SP, Distillation
 from hf_transfer.recipe import Recipe
 from hf_transfer.training.distillation import DistillationTrainer
 from hf_transfer.training.trainer import TransferTrainer
-from tests.folders import write_classifier, write_decoder, write_encoder, write_sentiment
+from tests.folders import write_classifier, write_decoder, write_encoder, write_rows, write_sentiment
 from tests.objectives import TokenEntropy
 from tests.tiny import VOCABULARY, arguments, collate, language_rows, text_rows, tiny_bert, tiny_llama
 
@@ -544,6 +544,20 @@ def test_a_recipe_trains_from_what_its_teacher_was_asked_before(form, values, tm
     result = recipe.run()
     assert "distillation_loss" in (result.folder / "log_history.json").read_text()
     assert "teacher_agreement" not in result.metrics["test"]
+
+
+def test_a_recipe_learns_from_its_teacher_where_there_are_no_labels(values, tmp_path):
+    rows = [{"text": f"the book was word{index}"} for index in range(12)]
+    values["data"]["data_files"]["more"] = str(write_rows(tmp_path / "more.jsonl", rows))
+    values["data"]["unlabelled"] = "more"
+    recipe = Recipe.from_values(values)
+    trainer = recipe.build()
+    assert len(trainer.train_dataset) == 32 + 12
+    trainer.train()
+    assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
+    del values["teacher"]
+    with pytest.raises(ConfigurationError, match="the recipe 'fine_tune' learns from labels alone"):
+        Recipe.from_values(values | {"recipe": "fine_tune"})
 
 
 def test_a_store_of_other_data_is_refused_before_the_student_is_loaded(values, tmp_path):

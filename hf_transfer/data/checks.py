@@ -10,13 +10,18 @@ from hf_transfer.errors import ConfigurationError, nearest
 if TYPE_CHECKING:
     from datasets import Dataset
 
-SPLITS = ("train", "validation", "test")
+SPLITS = ("train", "validation", "test", "unlabelled")
 ROLES: dict[str, tuple[str, ...]] = {  # the columns each task reads; of these, OPTIONAL ones may be absent
     "sequence-classification": ("text", "text_pair", "label"),
     "token-classification": ("tokens", "tags"),
     "causal-lm": ("text",),
 }
 OPTIONAL = ("text_pair",)
+
+
+def roles_of(split: str, task: str) -> tuple[str, ...]:
+    """The columns that ``task`` reads in ``split``."""
+    return tuple(role for role in ROLES[task] if split != "unlabelled" or role != "label")
 
 
 def checked_splits(raw: Mapping[str, Dataset], *, task: str) -> dict[str, Dataset]:
@@ -31,13 +36,13 @@ def checked_splits(raw: Mapping[str, Dataset], *, task: str) -> dict[str, Datase
     for split in ("train", *raw):
         if split not in SPLITS or split not in raw:
             raise ConfigurationError(
-                f"data: found the splits {', '.join(raw)}; expected train, and beside it only validation and test."
+                f"data: found the splits {', '.join(raw)}; expected train, and beside it only {', '.join(SPLITS[1:])}."
             )
     splits = {split: raw[split] for split in SPLITS if split in raw}
     for split, rows in splits.items():
         if not len(rows):
             raise ConfigurationError(f"data: '{split}' is empty.")
-        for role in ROLES[task]:
+        for role in roles_of(split, task):
             if role in rows.column_names:
                 _check_texts(rows, role, split, may_be_blank=task == "causal-lm")
             elif role not in OPTIONAL:

@@ -45,7 +45,7 @@ class PreparedData:
     """Tokenised splits and all a model and a Trainer must know of them.
 
     Args:
-        train: Model inputs and ``labels``, nothing else.
+        train: Model inputs and ``labels``, nothing else; texts without a label come last, labelled -100.
         validation: The same, or ``None`` where nothing was held out.
         test: The same, or ``None`` where there is no test split.
         label_names: In the order of their ids; empty for regression and language modelling.

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from hf_transfer.data import tokens
-from hf_transfer.data.checks import OPTIONAL, ROLES, SPLITS, checked_splits, is_withheld, texts_of
+from hf_transfer.data.checks import OPTIONAL, ROLES, SPLITS, checked_splits, is_withheld, roles_of, texts_of
 from hf_transfer.data.files import DataFiles, read_dataset
 from hf_transfer.data.labels import Labels, infer_problem_type, read_labels, read_tags, unseen_labels
 from hf_transfer.data.prepared import PreparedData, SplitSummary
@@ -41,6 +41,8 @@ class TextData:
         validation: A split's name, or the share of train to hold out (by class, seeded); 0 for none. By default the
             split called validation, dev, valid or val, else a share of 0.1.
         test: A split's name. By default the split called test, if there is one and it has labels.
+        unlabelled: A split's name, whose texts are trained on beside those of train, without labels (-100): for a
+            recipe that learns from a teacher, where texts have one label each.
         problem_type: What labels are, where their type misleads: whole numbers and texts are classes, floats are
             regression, lists are several labels at once.
         delimiter: Separates the labels of one text where a text carries several, as in "sports|politics".
@@ -62,6 +64,7 @@ class TextData:
     train: str = "train"
     validation: str | float | None = None
     test: str | None = None
+    unlabelled: str | None = None
     problem_type: ProblemType | None = None
     delimiter: str | None = None
     max_length: int | None = None
@@ -88,8 +91,8 @@ class TextData:
             raise ConfigurationError("data.delimiter is empty: expected what stands between two labels, such as '|'.")
 
     def load(self, *, task: str, base_dir: str | Path = ".") -> DatasetDict:
-        """Read the splits ``train``, ``validation`` and ``test`` (the last two where there are any), each with one
-        column for each role the task reads.
+        """Read the splits ``train``, ``validation``, ``test`` and ``unlabelled`` (all but the first where there are
+        any), each with one column for each role the task reads.
 
         Args:
             task: A name in `TASKS`.
@@ -101,6 +104,8 @@ class TextData:
         from datasets import DatasetDict
 
         find_task(task)
+        if self.unlabelled is not None and task != "sequence-classification":
+            raise ConfigurationError(f"data.unlabelled: {task} does not read it, only sequence-classification does.")
         raw = read_dataset(
             self.path,
             base_dir=Path(base_dir).expanduser(),
@@ -110,7 +115,10 @@ class TextData:
             revision=self.revision,
             **({"sample_by": self.sample_by} if self.path == "text" else {}),
         )
-        splits = {split: self._with_roles(raw[name], name, task) for split, name in self._split_names(raw).items()}
+        splits = {
+            split: self._with_roles(raw[name], name, roles_of(split, task), task)
+            for split, name in self._split_names(raw).items()
+        }
         if "validation" not in splits and self.validation != 0:
             splits["train"], splits["validation"] = self._hold_out(splits["train"])
         return DatasetDict({split: splits[split] for split in SPLITS if split in splits})
@@ -119,7 +127,7 @@ class TextData:
         """Check, draw and tokenise what `load` gave, or any splits whose columns are named by role.
 
         Args:
-            raw: ``train`` and, where there are any, ``validation`` and ``test``.
+            raw: ``train`` and, where there are any, ``validation``, ``test`` and ``unlabelled``.
             tokenizer: The model's; its ``model_max_length`` is the most a row may have.
             task: A name in `TASKS`.
 
@@ -127,16 +135,21 @@ class TextData:
             ConfigurationError: A text is missing, labels are unusable (see `read_labels`), a length is more than the
                 model takes, or there are fewer than ``train_size`` examples.
         """
+        from datasets import concatenate_datasets
+
         collator = find_task(task).collator(tokenizer)
         length = self._length(tokenizer, task)
         splits, notes = checked_splits(raw, task=task), []
         if self.test is None and "test" in splits and is_withheld(splits["test"]):
             del splits["test"]
             notes.append("note: the labels of test are withheld, so it is left out")
-        labels = self._read_labels(splits, task)
+        labelled = {split: rows for split, rows in splits.items() if split != "unlabelled"}
+        labels = self._read_labels(labelled, task)
+        if "unlabelled" in splits and (labels is None or labels.problem_type != "single_label_classification"):
+            raise ConfigurationError("data.unlabelled: expected texts with one label each, of several classes.")
         splits["train"] = self._draw(splits["train"])
         if labels and labels.problem_type:
-            notes += unseen_labels(splits, labels)
+            notes += unseen_labels(labelled | {"train": splits["train"]}, labels)
 
         function, settings = self._tokeniser(tokenizer, task, labels)
         trained_on = set(texts_of(splits["train"]))
@@ -149,11 +162,11 @@ class TextData:
             summaries[split] = SplitSummary(
                 examples=len(rows),
                 characters=sum(len(part) for text in texts for part in text),
-                seen_in_train=0 if split == "train" else sum(text in trained_on for text in texts),
+                seen_in_train=sum(text in trained_on for text in texts) if split in ("validation", "test") else 0,
                 **counts,
             )
         return PreparedData(
-            train=prepared["train"],
+            train=concatenate_datasets([prepared[split] for split in ("train", "unlabelled") if split in prepared]),
             validation=prepared.get("validation"),
             test=prepared.get("test"),
             label_names=labels.names if labels else [],
@@ -173,6 +186,8 @@ class TextData:
             names.update(("validation", name) for name in reversed(VALIDATION_NAMES) if name in raw)
         if self.test is not None or "test" in raw:
             names["test"] = self.test or "test"
+        if self.unlabelled is not None:
+            names["unlabelled"] = self.unlabelled
         for split, name in names.items():
             if name not in raw:
                 raise ConfigurationError(f"data.{split}: there is no split '{name}'. {nearest(name, raw)}")
@@ -180,14 +195,14 @@ class TextData:
                 raise ConfigurationError(f"data.{split} = '{name}': that is the split to train on.")
         return names
 
-    def _with_roles(self, rows: Dataset, split: str, task: str) -> Dataset:
-        """Only the columns that ``task`` reads, named by role."""
+    def _with_roles(self, rows: Dataset, split: str, roles: Sequence[str], task: str) -> Dataset:
+        """Only the columns of these ``roles``, named by role."""
         columns = self.columns or {}
         for role in columns:
             if role not in ROLES[task]:
                 raise ConfigurationError(f"data.columns: {task} has no '{role}'. {nearest(role, ROLES[task])}")
         sources = {}
-        for role in ROLES[task]:
+        for role in roles:
             source = columns.get(role, role)
             if source in rows.column_names:
                 sources[source] = role

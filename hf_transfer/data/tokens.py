@@ -45,7 +45,7 @@ def tokenise(
 
 
 def sequences(batch: Columns, *, tokenizer: PreTrainedTokenizerBase, length: int, labels: Labels) -> Columns:
-    """One text, or a pair, to one row cut to ``length`` tokens."""
+    """One text, or a pair, to one row cut to ``length`` tokens; its label is -100 where it has none."""
     texts = [batch[role] for role in ("text", "text_pair") if role in batch]
     encoded = tokenizer(*texts, verbose=False)
     full = [len(ids) for ids in encoded["input_ids"]]
@@ -53,7 +53,8 @@ def sequences(batch: Columns, *, tokenizer: PreTrainedTokenizerBase, length: int
         encoded = tokenizer(*texts, truncation=True, max_length=length)
     kept = [len(ids) for ids in encoded["input_ids"]]
     lost = [before - after for before, after in zip(full, kept, strict=True)]
-    return {**encoded, "labels": [labels.encode(label) for label in batch["label"]], KEPT: kept, LOST: lost}
+    encodings = [labels.encode(label) for label in batch["label"]] if "label" in batch else [IGNORED] * len(kept)
+    return {**encoded, "labels": encodings, KEPT: kept, LOST: lost}
 
 
 def tagged_words(batch: Columns, *, tokenizer: PreTrainedTokenizerBase, length: int, labels: Labels) -> Columns:

@@ -215,6 +215,34 @@ class TestDrawing:
             prepare(splits_of(rows_of("xyxy")), tokenizer, train_size=9)
 
 
+class TestUnlabelled:
+    def test_its_texts_join_train_without_their_labels(self, tmp_path, tokenizer):
+        write_rows(tmp_path / "train.jsonl", rows_of("xy" * 10))
+        write_rows(tmp_path / "more.jsonl", [{"text": "a film", "label": "z"}, {"text": "a book", "label": "x"}])
+        files = {"train": "train.jsonl", "more": "more.jsonl"}
+        data = TextData(path="json", data_files=files, validation=0.2, unlabelled="more")
+        raw = data.load(task=SEQUENCES, base_dir=tmp_path)
+        assert raw["unlabelled"].column_names == ["text"]
+        prepared = data.prepare(raw, tokenizer, task=SEQUENCES)
+        assert prepared.label_names == ["x", "y"]
+        assert prepared.train["labels"][-3:] == [prepared.train["labels"][15], -100, -100]
+        assert prepared.train["input_ids"][-1] == tokenizer("a book")["input_ids"]
+        assert len(prepared.train) == 18
+        assert "unlabelled: 2 examples" in " ".join(prepared.report())
+
+    def test_the_few_drawn_are_labelled_ones(self, tokenizer):
+        raw = splits_of(rows_of("xy" * 10), unlabelled=[{"text": "a film"}] * 5)
+        labels = prepare(raw, tokenizer, train_size=4, unlabelled="unlabelled").train["labels"][:]
+        assert sorted(labels) == [-100] * 5 + [0, 0, 1, 1]
+
+    def test_a_loss_that_would_read_the_missing_labels_is_refused(self, tokenizer):
+        raw = splits_of(rows_of([0.5, 1.5]), unlabelled=[{"text": "a film"}])
+        with pytest.raises(ConfigurationError, match="expected texts with one label each"):
+            prepare(raw, tokenizer, unlabelled="unlabelled")
+        with pytest.raises(ConfigurationError, match="causal-lm does not read it"):
+            TextData(path="json", unlabelled="more").load(task=LANGUAGE)
+
+
 class TestLabels:
     @pytest.mark.parametrize(
         ("labels", "options", "problem_type", "names", "encoded"),
