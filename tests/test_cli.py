@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -107,16 +106,9 @@ def test_env_names_the_versions() -> None:
     assert "transformers: 5" in done.stdout
 
 
-def test_help_is_quick() -> None:
-    """Best of three: the machine may be busy."""
-    durations = []
-    for _ in range(3):
-        started = time.perf_counter()
-        done = start("--help")
-        durations.append(time.perf_counter() - started)
-        assert done.returncode == 0
-        assert "describe" in done.stdout
-    assert min(durations) < 1.0
+def test_help_lists_the_commands() -> None:
+    printed = invoke("--help").stdout
+    assert all(command in printed for command in ("run", "teach", "describe", "env"))
 
 
 def test_help_imports_nothing_heavy() -> None:

@@ -335,7 +335,7 @@ def test_real_tokenizers_are_told_apart(real_tokenizers):
 
 @pytest.fixture(scope="module")
 def taught(tmp_path_factory, real_tokenizers):
-    """Distance and loss per token on held-out text, before and after 8 steps under several objectives."""
+    """Distance and loss per token on held-out text, before and after 16 steps under several objectives."""
     rows = add_teacher_tokens(Dataset.from_dict({"text": stories(48, 60)}), *real_tokenizers, max_length=64)
     collator = TeacherCollator(DataCollatorForTokenClassification(real_tokenizers[0]))
     held_out = collator(rows.select(range(32, 48)).to_list())
@@ -353,7 +353,7 @@ def taught(tmp_path_factory, real_tokenizers):
         results["before"] = measured(student)
         trainer = TransferTrainer(
             student,
-            arguments(tmp_path_factory.mktemp(name), num_train_epochs=2, learning_rate=5e-4),
+            arguments(tmp_path_factory.mktemp(name), num_train_epochs=4, learning_rate=1e-4),
             objectives=[CrossTokenizerDistillation(teacher, **options)],
             task_weight=task_weight,
             train_dataset=rows.select(range(32)),
@@ -372,6 +372,6 @@ def test_a_few_steps_lower_the_distance_on_other_text(taught):
 
 @needs_models
 def test_only_with_spans_does_the_teacher_alone_say_which_token(taught):
-    """Sorted probabilities are indifferent to which token they are of: with no task loss the student forgets."""
-    assert taught["pure"][1] > 2 * taught["before"][1]
-    assert taught["spans"][1] < 1.5 * taught["before"][1]
+    """Sorted probabilities are indifferent to which token they are of: with no task loss the student forgets more."""
+    before, pure, spans = (taught[name][1] for name in ("before", "pure", "spans"))
+    assert pure - before > 2 * (spans - before)

@@ -427,7 +427,7 @@ SETTINGS = {
     "batch_size: found 0, expected at least 1": {"batch_size": 0},
     "rows_per_shard: found 0, expected at least 1": {"rows_per_shard": 0},
     "it has no examples": {"dataset": rows().select([])},
-    "found Linear, expected a transformers model": {"teacher": nn.Linear(2, 2)},
+    "Linear is not a transformers model": {"teacher": nn.Linear(2, 2)},
     "problem_type is 'regression'": {"teacher": tiny_bert(problem_type="regression", num_labels=1)},
     "its logits are not finite": {"teacher": broken_llama()},
     r"labels: found none in the batch, expected \(4, \d+\)": {"dataset": rows().remove_columns("labels")},
