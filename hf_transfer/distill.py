@@ -57,6 +57,8 @@ class DistillationRecipe(FineTuneRecipe):
         temperature: Of both distributions; 2.5 to 4 suits small students.
         divergence: What is minimised: forward_kl, reverse_kl, jensen_shannon, total_variation or logit_mse.
         beta: The teacher's share in the mixture of jensen_shannon.
+        lmbda: Share of the batches that a language model writes itself (on-policy, GKD); 0 is off.
+        max_new_tokens: Of these; by default as many as the batch's longest target has.
         store: Train from what ``hf-transfer teach`` stored of the teacher, which is then not loaded.
         compare_to_teacher: Whether evaluation runs the teacher too, for agreement and KL, where it is loaded.
         fused_loss: Compute a language model's loss a few rows at a time, so that its logits are never held.
@@ -71,6 +73,8 @@ class DistillationRecipe(FineTuneRecipe):
     temperature: float = 2.0
     divergence: Literal["forward_kl", "reverse_kl", "jensen_shannon", "total_variation", "logit_mse"] = "forward_kl"
     beta: float = 0.5
+    lmbda: float = 0.0
+    max_new_tokens: int | None = None
     store: StoreSpec | None = None
     compare_to_teacher: bool = True
     fused_loss: bool | None = None  # type: ignore[assignment]
@@ -79,6 +83,8 @@ class DistillationRecipe(FineTuneRecipe):
         super().__post_init__()
         if not 0 <= self.alpha <= 1:
             raise ConfigurationError(f"alpha = {self.alpha}: expected a share between 0 and 1.")
+        if not 0 <= self.lmbda <= 1:
+            raise ConfigurationError(f"lmbda = {self.lmbda}: expected a share between 0 (off) and 1.")
         check_divergence(self.divergence, self.temperature, self.beta)
         if self.task_weight != 1.0:
             raise ConfigurationError("task_weight is 1 - alpha: give alpha alone.")
@@ -146,7 +152,9 @@ class DistillationRecipe(FineTuneRecipe):
 
     def _load_teacher(self, arguments: TrainingArguments) -> PreTrainedModel:
         teacher = load_trained(self.teacher)
-        return teacher if self.teacher.quantization is not None else teacher.to(arguments.device)
+        if self.teacher.quantization is None:
+            teacher.to(arguments.device)  # type: ignore[arg-type]
+        return teacher
 
     def _trainer(self, model: PreTrainedModel, arguments: TrainingArguments, **options: Any) -> TransferTrainer:
         from hf_transfer.training.distillation import DistillationTrainer
@@ -161,6 +169,8 @@ class DistillationRecipe(FineTuneRecipe):
             temperature=self.temperature,
             divergence=self.divergence,
             beta=self.beta,
+            lmbda=self.lmbda,
+            max_new_tokens=self.max_new_tokens,
             compare_to_teacher=self.compare_to_teacher,
             fused_loss=self.fused_loss,
             **self._trainer_options(teacher=teacher),

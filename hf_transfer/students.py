@@ -227,7 +227,7 @@ def _copy_weights(teacher: PreTrainedModel, student: PreTrainedModel, depths: li
     _refuse_other_kinds(_on_meta(teacher, teacher.config), student, source_of, sources)
     try:
         copies = {name: given[source].to(teacher.device, copy=True) for name, source in sources.items()}
-        student.to(teacher.device).load_state_dict(copies, assign=True)
+        student.to(teacher.device).load_state_dict(copies, assign=True)  # type: ignore[arg-type]
     except (KeyError, RuntimeError) as error:
         raise ConfigurationError(f"student_from: the teacher's weights do not fit a smaller model: {error}") from error
     student.tie_weights()

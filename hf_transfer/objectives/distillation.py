@@ -29,6 +29,8 @@ from hf_transfer.tasks import IGNORED
 logger = logging.getLogger(__name__)
 
 SHOWN = 4  # labels named in a message
+ON_POLICY = "on_policy"
+"""Stands in batches that the student wrote: there is nothing in them that labels could teach."""
 
 
 class TeacherPredictions(Objective):
@@ -40,6 +42,7 @@ class TeacherPredictions(Objective):
     """
 
     name: ClassVar[str] = "distillation"
+    columns: ClassVar[tuple[str, ...]] = (ON_POLICY,)
 
     def __init__(self, *, weight: float | Schedule, temperature: float) -> None:
         super().__init__(weight=weight)

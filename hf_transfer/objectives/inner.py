@@ -127,7 +127,7 @@ class _LayerMatching(Objective):
         raise NotImplementedError
 
     def _layer(self, role: str, outputs: Any, tower: str, depth: int) -> Tensor:
-        found = getattr(outputs, f"{tower}{self._field}", None) or ()
+        found: tuple[Tensor, ...] = getattr(outputs, f"{tower}{self._field}", None) or ()
         expected = self._sizes[role][tower] + 1 - self._lowest
         if len(found) != expected or found[0].dim() != self._axes:
             shape = f" of shape {tuple(found[0].shape)}" if found else ""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import random
+from collections.abc import Iterable, Mapping
+from itertools import starmap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +16,13 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from hf_transfer.errors import ConfigurationError
 from hf_transfer.functional import Divergence
-from hf_transfer.losses import shifts_labels
+from hf_transfer.losses import loss_kind, shifts_labels, transformer_in
 from hf_transfer.models import ModelSpec, load_tokenizer, load_trained
 from hf_transfer.objectives.base import Objective
-from hf_transfer.objectives.distillation import Distillation, TeacherPredictions
+from hf_transfer.objectives.distillation import ON_POLICY, Distillation, TeacherPredictions
 from hf_transfer.objectives.stored import StoredDistillation
 from hf_transfer.teacher_store import TeacherStore
+from hf_transfer.training.on_policy import sampled_batch
 from hf_transfer.training.trainer import TransferTrainer
 from hf_transfer.vocabularies import shared_vocabulary
 
@@ -43,6 +46,10 @@ class DistillationTrainer(TransferTrainer):
         temperature: See ``Distillation``.
         divergence: See ``Distillation``; of a store, ``forward_kl``.
         beta: See ``Distillation``.
+        lmbda: Share of the micro-batches that the student writes itself (on-policy; Agarwal et al. 2024, GKD), by
+            ``generate``: what it learns there is what the teacher says to its own mistakes, and ``divergence`` alone
+            counts. 0 is off; GKD found 1 best with ``reverse_kl`` or ``jensen_shannon``, and 0.5 a good mixture.
+        max_new_tokens: Of these; by default as many as the batch's longest target has.
         teacher_tokenizer: Compared with ``processing_class`` token by token, where both are given; read from the
             teacher's folder where that is given.
         compare_to_teacher: Whether evaluation runs the teacher too, where it is there.
@@ -72,6 +79,8 @@ class DistillationTrainer(TransferTrainer):
         temperature: float = 2.0,
         divergence: Divergence = "forward_kl",
         beta: float = 0.5,
+        lmbda: float = 0.0,
+        max_new_tokens: int | None = None,
         teacher_tokenizer: PreTrainedTokenizerBase | None = None,
         compare_to_teacher: bool = True,
         fused_loss: bool | None = None,
@@ -82,6 +91,10 @@ class DistillationTrainer(TransferTrainer):
             raise ConfigurationError(
                 f"alpha = {alpha}: expected a share between 0 (labels only) and 1 (teacher only)."
             )
+        if not 0 <= lmbda <= 1:
+            raise ConfigurationError(
+                f"lmbda = {lmbda}: expected a share between 0 (off) and 1 (all batches are the student's own)."
+            )
         if "task_weight" in options:
             raise ConfigurationError("task_weight is 1 - alpha: give alpha alone.")
         if model is None:
@@ -91,6 +104,8 @@ class DistillationTrainer(TransferTrainer):
             teacher = load_trained(spec)
             if teacher_tokenizer is None and isinstance(options.get("processing_class"), PreTrainedTokenizerBase):
                 teacher_tokenizer = load_tokenizer(spec)
+        self.lmbda = lmbda
+        self.max_new_tokens = max_new_tokens
         self._counts: torch.Tensor | None = None
         self.distillation: TeacherPredictions
         self._compared: Distillation | None = None
@@ -115,6 +130,36 @@ class DistillationTrainer(TransferTrainer):
             fused_loss=shifts_labels(model) if fused_loss is None else fused_loss,
             **options,
         )
+        if lmbda > 0:
+            self._refuse_on_policy()
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        if self.lmbda > 0:
+            epoch_iterator = starmap(self._perhaps_sampled, enumerate(epoch_iterator))
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+    def _perhaps_sampled(self, index: int, batch: dict[str, Any]) -> dict[str, Any]:
+        """``batch``, or what the student writes in its place; a resumed run, and every rank, decides the same."""
+        draws = random.Random(f"{self.args.seed} {self.state.global_step} {index}")
+        if draws.random() >= self.lmbda:
+            return batch
+        model, seed = self.accelerator.unwrap_model(self.model), draws.getrandbits(32) + self.args.process_index
+        return sampled_batch(model, batch, seed=seed, max_new_tokens=self.max_new_tokens)
+
+    def _task_weight_of(self, inputs: Mapping[str, Any]) -> float:
+        return 0.0 if ON_POLICY in inputs else super()._task_weight_of(inputs)
+
+    def _refuse_on_policy(self) -> None:
+        core = transformer_in(self.model)
+        if loss_kind(core) not in ("causal language model", "encoder-decoder") or not core.can_generate():
+            raise ConfigurationError(f"lmbda = {self.lmbda}: {type(core).__name__} does not write texts.")
+        reader = next((each for each in self._index_readers), None)
+        if reader is not None:
+            raise ConfigurationError(
+                f"lmbda = {self.lmbda}: {reader} knows of the training data only, not of what the student will write."
+            )
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ConfigurationError(f"lmbda = {self.lmbda}: a model in shards cannot generate between two steps.")
 
     def compute_loss(
         self,

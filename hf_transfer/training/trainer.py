@@ -351,7 +351,7 @@ class TransferTrainer(Trainer):
         """The weighted sum of the task's loss and all terms; a fused loss is the sum of the first two already."""
         if not fused:
             self._term_sums["task"] += loss.detach()
-            loss = self.task_weight * loss
+            loss = self._task_weight_of(inputs) * loss
         model = self.accelerator.unwrap_model(self.model)
         for objective in self.objectives:
             if fused and objective is self._distillation:
@@ -360,6 +360,10 @@ class TransferTrainer(Trainer):
             self._term_sums[objective.name] += term.detach()
             loss = loss + objective.weight_at(self._progress) * term
         return loss
+
+    def _task_weight_of(self, inputs: Mapping[str, Any]) -> float:
+        """Factor of the task's own loss on one micro-batch."""
+        return self.task_weight
 
     def _shared(self, mean: torch.Tensor, unit: str, inputs: Mapping[str, Any]) -> torch.Tensor:
         """A micro-batch's mean times what it weighs in the step's; a mean over nothing, which is no number, is 0."""
@@ -415,7 +419,7 @@ class TransferTrainer(Trainer):
             self._head.weight,
             labels[scored],
             bias=self._head.bias,
-            task_weight=self.task_weight,
+            task_weight=self._task_weight_of(inputs),
             normalizer=items,
             **terms,
         )

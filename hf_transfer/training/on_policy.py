@@ -1,0 +1,125 @@
+"""Batches that the student wrote itself: what generalised knowledge distillation learns from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import GenerationConfig, PreTrainedModel
+
+from hf_transfer.cuts import evaluating
+from hf_transfer.losses import transformer_in
+from hf_transfer.objectives.distillation import ON_POLICY
+from hf_transfer.tasks import IGNORED
+
+
+def sampled_batch(
+    model: torch.nn.Module,
+    batch: Mapping[str, Any],
+    *,
+    seed: int,
+    max_new_tokens: int | None = None,
+    **generation: Any,
+) -> dict[str, Any]:
+    """``batch`` with what the model itself writes in place of what stood there (Agarwal et al. 2024, GKD).
+
+    A decoder-only model goes on from each example's prompt, which is what precedes the first label that is not -100
+    (one token at least: where nothing is masked, the model writes freely). An encoder-decoder writes its output for
+    the same inputs. Labels are the tokens written, up to and including the end of text; rows are padded on the right.
+    Columns with one value per example stay; others that follow tokens go, for they no longer do.
+
+    Args:
+        model: A transformers model that generates, bare or inside a PEFT model; its modules keep their modes.
+        batch: A collated micro-batch with ``input_ids`` and ``labels``.
+        seed: Of the tokens drawn; the random state is left as it was, for what else is drawn from it.
+        max_new_tokens: At most so many are written; by default as many as the longest target in the batch has.
+        **generation: Options of ``GenerationConfig``; by default tokens are drawn from the model's own distribution.
+    """
+    core = transformer_in(model)
+    labels = batch["labels"]
+    if core.config.is_encoder_decoder:
+        longest, prompts = labels.shape[1], None
+    else:
+        prompts = _prompts(batch)
+        longest = max(1, max(_length(batch, row) - len(prompt) for row, prompt in enumerate(prompts)))
+    config = _generation_config(core, max_new_tokens or longest, generation)
+    device = [core.device] if core.device.type == "cuda" else []
+    with evaluating(model), torch.random.fork_rng(device):
+        torch.manual_seed(seed)
+        if prompts is None:
+            inputs = {name: batch[name] for name in (core.main_input_name, "attention_mask") if name in batch}
+            written = model.generate(**inputs, generation_config=config)[:, 1:]
+        else:
+            width = max(map(len, prompts))
+            padded, real = (
+                torch.stack([torch.cat([value.new_zeros(width - len(value)), value]) for value in values])
+                for values in (prompts, [torch.ones_like(prompt) for prompt in prompts])
+            )
+            written = model.generate(input_ids=padded, attention_mask=real, generation_config=config)[:, width:]
+    targets = [_until_the_end(row, config.eos_token_id) for row in written]
+    kept = {name: value for name, value in batch.items() if isinstance(value, Tensor) and value.dim() == 1}
+    on_policy = {ON_POLICY: torch.ones((), dtype=torch.bool, device=labels.device)}
+    if prompts is None:
+        source = {name: batch[name] for name in (core.main_input_name, "attention_mask") if name in batch}
+        return {**kept, **source, "labels": _padded(targets, IGNORED), **on_policy}
+    rows = [torch.cat(pair) for pair in zip(prompts, targets, strict=True)]
+    scored = [
+        torch.cat([torch.full_like(prompt, IGNORED), target]) for prompt, target in zip(prompts, targets, strict=True)
+    ]
+    return {
+        **kept,
+        "input_ids": _padded(rows, 0),
+        "attention_mask": _padded([torch.ones_like(row) for row in rows], 0),
+        "labels": _padded(scored, IGNORED),
+        **on_policy,
+    }
+
+
+def _prompts(batch: Mapping[str, Any]) -> list[Tensor]:
+    """What each row of a decoder's batch goes on from, padding left out on either side."""
+    prompts = []
+    for row, (ids, labels) in enumerate(zip(batch["input_ids"], batch["labels"], strict=True)):
+        scored = (labels != IGNORED).nonzero()
+        end = int(scored[0]) if len(scored) else len(ids)
+        real = _real(batch, row)[: max(1, end)]
+        prompts.append(ids[: max(1, end)][real] if real.any() else ids[:1])
+    return prompts
+
+
+def _real(batch: Mapping[str, Any], row: int) -> Tensor:
+    mask = batch.get("attention_mask")
+    return torch.ones_like(batch["input_ids"][row], dtype=torch.bool) if mask is None else mask[row].bool()
+
+
+def _length(batch: Mapping[str, Any], row: int) -> int:
+    return int(_real(batch, row).sum())
+
+
+def _generation_config(core: PreTrainedModel, max_new_tokens: int, options: Mapping[str, Any]) -> GenerationConfig:
+    own = core.generation_config
+    eos, pad = (getattr(own, name, None) for name in ("eos_token_id", "pad_token_id"))
+    first = eos[0] if isinstance(eos, list) else eos
+    sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        eos_token_id=eos,
+        pad_token_id=next((token for token in (pad, first) if token is not None), 0),
+        bos_token_id=getattr(own, "bos_token_id", None),
+        decoder_start_token_id=getattr(own, "decoder_start_token_id", None),
+        **(sampling | dict(options)),
+    )
+
+
+def _until_the_end(tokens: Tensor, ends: int | list[int] | None) -> Tensor:
+    """The tokens up to the first that ends a text, which is kept: what follows it is padding."""
+    if ends is None:
+        return tokens
+    stops = torch.isin(tokens, torch.tensor(ends, device=tokens.device)).nonzero()
+    return tokens[: int(stops[0]) + 1] if len(stops) else tokens
+
+
+def _padded(rows: list[Tensor], value: int) -> Tensor:
+    return pad_sequence(rows, batch_first=True, padding_value=value)
