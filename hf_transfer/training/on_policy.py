@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel
@@ -17,7 +18,7 @@ from hf_transfer.tasks import IGNORED
 
 
 def sampled_batch(
-    model: torch.nn.Module,
+    model: PreTrainedModel | PeftModel,
     batch: Mapping[str, Any],
     *,
     seed: int,
