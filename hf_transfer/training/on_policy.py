@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -39,7 +39,7 @@ def sampled_batch(
         max_new_tokens: At most so many are written; by default as many as the longest target in the batch has.
         **generation: Options of ``GenerationConfig``; by default tokens are drawn from the model's own distribution.
     """
-    core = transformer_in(model)
+    core, generate = transformer_in(model), cast(Callable[..., Tensor], model.generate)
     labels = batch["labels"]
     if core.config.is_encoder_decoder:
         longest, prompts = labels.shape[1], None
@@ -52,14 +52,14 @@ def sampled_batch(
         torch.manual_seed(seed)
         if prompts is None:
             inputs = {name: batch[name] for name in (core.main_input_name, "attention_mask") if name in batch}
-            written = model.generate(**inputs, generation_config=config)[:, 1:]
+            written = generate(**inputs, generation_config=config)[:, 1:]
         else:
             width = max(map(len, prompts))
             padded, real = (
                 torch.stack([torch.cat([value.new_zeros(width - len(value)), value]) for value in values])
                 for values in (prompts, [torch.ones_like(prompt) for prompt in prompts])
             )
-            written = model.generate(input_ids=padded, attention_mask=real, generation_config=config)[:, width:]
+            written = generate(input_ids=padded, attention_mask=real, generation_config=config)[:, width:]
     targets = [_until_the_end(row, config.eos_token_id) for row in written]
     kept = {name: value for name, value in batch.items() if isinstance(value, Tensor) and value.dim() == 1}
     on_policy = {ON_POLICY: torch.ones((), dtype=torch.bool, device=labels.device)}
