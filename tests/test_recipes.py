@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from hf_transfer.compare import CompareRecipe
+from hf_transfer.distill import DistillationRecipe
 from hf_transfer.recipe import RECIPES, Recipe, TrainingRecipe
 from hf_transfer.schema import merge
 from tests.folders import sentiment_rows, write_classifier, write_decoder, write_encoder, write_rows
@@ -28,13 +29,19 @@ def tiny(values: dict[str, Any], folder: Path) -> dict[str, Any]:
     for place, (split, size) in enumerate(sizes.items()):
         rows = [{columns[role]: row[role] for role in row} for row in sentiment_rows(size, start=10_000 * place)]
         files[split] = str(write_rows(folder / f"{split}.jsonl", rows))
-    teacher = {"teacher": {"name": str(write_classifier(folder / "teacher"))}} if "teacher" in values else {}
+    taught = {}
+    if "teacher" in values:
+        write_teacher = write_decoder if is_language_model else write_classifier
+        taught["teacher"] = {"name": str(write_teacher(folder / "teacher"))}
+    if "store" in values:
+        taught["store"] = {"directory": str(folder / "store")}
+    layers = {"layers": 2} if "layers" in values["model"] else {}
     lengths = {name: 32 for name in ("max_length", "block_size") if name in values["data"]}
     return merge(
         values,
         {
-            **teacher,
-            "model": {"name": str(model)},
+            **taught,
+            "model": {"name": str(model), **layers},
             "data": {"path": "json", "name": None, "data_files": files, **lengths},
             "training": {"output_dir": str(folder / "run"), "use_cpu": True},
         },
@@ -59,6 +66,8 @@ def test_it_builds(path: Path, tmp_path: Path) -> None:
         runs = [recipe.recipe(arm, seed=recipe.seeds[0]) for arm in recipe.arms]
     for run in runs:
         assert isinstance(run, TrainingRecipe)
+        if isinstance(run, DistillationRecipe) and run.store is not None:
+            run.teach()
         assert run.build().plan()
 
 
