@@ -14,7 +14,7 @@ import yaml
 from typer.testing import CliRunner
 
 from hf_transfer.cli import app
-from tests.folders import write_encoder, write_sentiment
+from tests.folders import write_classifier, write_encoder, write_sentiment
 
 ROOT = Path(__file__).parent.parent
 
@@ -109,6 +109,21 @@ def test_env_names_the_versions() -> None:
 def test_help_lists_the_commands() -> None:
     printed = invoke("--help").stdout
     assert all(command in printed for command in ("run", "teach", "describe", "env"))
+
+
+def test_a_teacher_runs_once_and_is_found_again(recipe: Path, tmp_path: Path) -> None:
+    values = yaml.safe_load(recipe.read_text())
+    values |= {"recipe": "distillation", "teacher": {"name": str(write_classifier(tmp_path / "teacher"))}}
+    path = tmp_path / "distillation.yaml"
+    path.write_text(yaml.safe_dump(values))
+    refused = invoke("teach", path)
+    assert refused.exit_code == 2
+    assert "store is missing" in refused.output
+    for _ in range(2):
+        done = invoke("teach", path, f"store.directory={tmp_path / 'store'}")
+        assert done.exit_code == 0, done.output
+        assert f"32 examples, 32 predictions, in {tmp_path / 'store'}" in done.stdout
+    assert invoke("teach", recipe).exit_code == 2, "a recipe without a teacher"
 
 
 def test_help_imports_nothing_heavy() -> None:
