@@ -120,8 +120,12 @@ class DistillationRecipe(FineTuneRecipe):
         if self.store is None:
             raise ConfigurationError("store is missing: expected at least its folder (store.directory=out/teacher).")
         arguments = self._arguments()
+        if arguments.world_size > 1:
+            raise ConfigurationError("hf-transfer teach runs in one process: leave out the launcher.")
         tokenizer, data, _ = super()._prepare(arguments)
-        shared = shared_vocabulary(tokenizer, load_tokenizer(self.teacher))
+        teacher_tokenizer = load_tokenizer(self.teacher)
+        shared = shared_vocabulary(tokenizer, teacher_tokenizer)
+        _refuse_pairs(data, tokenizer, teacher_tokenizer)
         samples = self.store.form == "samples"
         return TeacherStore.build(
             self._load_teacher(arguments),
@@ -135,6 +139,7 @@ class DistillationRecipe(FineTuneRecipe):
             temperature=self.temperature if samples else 1.0,
             batch_size=arguments.per_device_eval_batch_size,
             tokenizer=tokenizer,
+            name=self.teacher.name,
             vocabulary=shared if self.model.task == "causal-lm" else None,
         )
 
@@ -145,9 +150,12 @@ class DistillationRecipe(FineTuneRecipe):
         self._teacher_tokenizer, self._stored = None, None
         if self.store is not None:
             self._stored = TeacherStore.open(self.store.directory, data.train, data.collator, tokenizer=tokenizer)
+            settings = {key: getattr(self.store, key) for key in ("form", "k", "draws", "seed")}
+            self._stored.check(data.train, data.collator, name=self.teacher.name, **settings)
         else:
             self._teacher_tokenizer = load_tokenizer(self.teacher)
             shared_vocabulary(tokenizer, self._teacher_tokenizer)
+            _refuse_pairs(data, tokenizer, self._teacher_tokenizer)
         return tokenizer, data, metrics
 
     def _load_teacher(self, arguments: TrainingArguments) -> PreTrainedModel:
@@ -175,4 +183,14 @@ class DistillationRecipe(FineTuneRecipe):
             fused_loss=self.fused_loss,
             **self._trainer_options(teacher=teacher),
             **options,
+        )
+
+
+def _refuse_pairs(data: PreparedData, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
+    """A teacher that tells two texts apart by a column must get it: the student's tokenizer makes the columns."""
+    missing = set(teacher.model_input_names) - set(student.model_input_names)
+    if data.pairs and missing:
+        raise ConfigurationError(
+            f"teacher: it tells two texts apart by '{missing.pop()}', which the student's tokenizer does not make. "
+            "Take a student of the teacher's family."
         )

@@ -70,3 +70,10 @@ def shifts_labels(model: nn.Module) -> bool:
 def label_names(config: PreTrainedConfig) -> list[str]:
     """The names of a classifier's classes, in the order of its logits."""
     return [name for _, name in sorted((config.id2label or {}).items())]
+
+
+def problem_type(config: PreTrainedConfig) -> str | None:
+    """What a classifier of examples answers, as transformers' loss decides it; ``None`` where labels will tell."""
+    if config.problem_type is not None or config.num_labels != 1:
+        return config.problem_type
+    return "regression"

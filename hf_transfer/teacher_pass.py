@@ -15,9 +15,18 @@ from torch import Tensor, nn
 from hf_transfer.activations import adapter_settings, fingerprint, tensors_digest
 from hf_transfer.batches import Batches, Collator
 from hf_transfer.errors import ConfigurationError
-from hf_transfer.losses import CLASSIFICATION, LossKind, label_names, loss_kind, shifts_labels, transformer_in
+from hf_transfer.losses import (
+    CLASSIFICATION,
+    LossKind,
+    label_names,
+    loss_kind,
+    problem_type,
+    shifts_labels,
+    transformer_in,
+)
 from hf_transfer.tasks import IGNORED
 from hf_transfer.teacher_rows import Columns, Form
+from hf_transfer.vocabularies import token_count, within_vocabulary
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -91,8 +100,8 @@ class TeacherPass:
                 f"teacher: {type(core).__name__} is {'an encoder-decoder' if kind else 'for another task'}, expected "
                 "a classifier of examples or tokens, or a language model without an encoder."
             )
-        problem = getattr(core.config, "problem_type", None)
-        if problem in ("multi_label_classification", "regression"):
+        problem = problem_type(core.config)
+        if kind == "classification" and problem in ("multi_label_classification", "regression"):
             raise ConfigurationError(
                 f"teacher: its problem_type is '{problem}', expected a language model or a classifier with one label "
                 "of several: a store holds distributions over classes."
@@ -154,6 +163,7 @@ class TeacherPass:
             for chosen in examples.split(batch_size):
                 batch = batches[chosen]
                 labels = batch.pop("labels", None)
+                batch = within_vocabulary(batch, token_count(self._core))
                 logits = self._model(**batch, **self._options).logits[..., :vocabulary]
                 positions = self._positions(logits, labels)
                 counts.append(positions.sum(1).cpu())

@@ -61,6 +61,7 @@ class TeacherStore:
 
     def __init__(self, root: Path, manifest: Mapping[str, Any], shards: Sequence[_Shard]) -> None:
         self.directory = root
+        self._manifest = manifest
         self._form = _form(manifest["identity"])
         self.vocabulary: int = manifest["vocabulary"]
         """Over how many classes or tokens the distributions are."""
@@ -92,6 +93,7 @@ class TeacherStore:
         rows_per_shard: int = 1 << 18,
         tokenizer: PreTrainedTokenizerBase | None = None,
         vocabulary: int | None = None,
+        name: str | None = None,
     ) -> TeacherStore:
         """Run the teacher once over the data, or go on where a killed run stopped, or find everything there.
 
@@ -114,15 +116,16 @@ class TeacherStore:
             tokenizer: The one that made the data; a store opened with another one is then refused.
             vocabulary: Store distributions over so many leading tokens only: those that the student has too, where
                 its vocabulary is padded to another length (``shared_vocabulary``).
+            name: The teacher's, kept for those who read the store.
 
         Raises:
             ConfigurationError: A setting out of range, a teacher whose outputs are no distributions over classes or
                 not finite, data that cannot be named, or a folder that holds a store of something else.
         """
         settings = _settings(form, k=k, draws=draws, temperature=temperature, seed=seed)
-        for name, number in (("batch_size", batch_size), ("rows_per_shard", rows_per_shard)):
+        for option, number in (("batch_size", batch_size), ("rows_per_shard", rows_per_shard)):
             if number < 1:
-                raise ConfigurationError(f"{name}: found {number}, expected at least 1.")
+                raise ConfigurationError(f"{option}: found {number}, expected at least 1.")
         speaker = TeacherPass(teacher)
         batches = speaker.source.batches(dataset, data_collator, speaker.device)
         if not len(batches):
@@ -167,6 +170,7 @@ class TeacherStore:
             "version": _VERSION,
             "identity": identity,
             "source": asdict(speaker.source),
+            "name": name,
             "kind": speaker.kind,
             "label_names": speaker.label_names,
             "examples": len(batches),
@@ -203,18 +207,26 @@ class TeacherStore:
         """
         root = Path(directory)
         manifest = _read_manifest(root)
-        batches = Source(**manifest["source"]).batches(dataset, data_collator)
-        if len(batches) != manifest["examples"]:
-            raise ConfigurationError(
-                f"dataset: found {len(batches)} examples, but the teacher's store in '{root}' is of "
-                f"{manifest['examples']}: expected the data it was built from, in the same order."
-            )
-        _, seen = batches.probe(torch.arange(len(batches)))
-        wanted = manifest["identity"] | {"data": batches.digest(), "collator": seen}
+        _check_data(root, manifest, dataset, data_collator)
         if tokenizer is not None:
-            wanted["tokenizer"] = _tokenizer_digest(tokenizer)
-        _refuse_other(root, manifest["identity"], wanted)
+            wanted = manifest["identity"] | {"tokenizer": _tokenizer_digest(tokenizer)}
+            _refuse_other(root, manifest["identity"], wanted)
         return cls(root, manifest, _open_shards(root, manifest))
+
+    def check(self, dataset: Dataset, data_collator: Collator, **wanted: Any) -> None:
+        """Refuse other data than the store was built from, and other settings.
+
+        Args:
+            dataset: As for ``open``.
+            data_collator: As for ``open``.
+            **wanted: Of ``build``: form, k, draws, temperature, seed or name, those that the form has.
+
+        Raises:
+            ConfigurationError: Something differs.
+        """
+        _check_data(self.directory, self._manifest, dataset, data_collator)
+        stored = self._manifest["identity"] | {"name": self._manifest["name"]}
+        _refuse_other(self.directory, stored, stored | {key: wanted[key] for key in wanted if key in stored})
 
     def __len__(self) -> int:
         """How many examples there are."""
@@ -259,6 +271,18 @@ def _settings(form: str, *, k: int, draws: int, temperature: float, seed: int) -
             f"temperature: found {temperature}, but the form 'top_k' serves every temperature. Leave it at 1."
         )
     return {"form": form, **asdict(TopKForm(k) if form == "top_k" else SamplesForm(draws, temperature, seed))}
+
+
+def _check_data(root: Path, manifest: Mapping[str, Any], dataset: Dataset, data_collator: Collator) -> None:
+    batches = Source(**manifest["source"]).batches(dataset, data_collator)
+    if len(batches) != manifest["examples"]:
+        raise ConfigurationError(
+            f"dataset: found {len(batches)} examples, but the teacher's store in '{root}' is of "
+            f"{manifest['examples']}: expected the data it was built from, in the same order."
+        )
+    _, seen = batches.probe(torch.arange(len(batches)))
+    wanted = manifest["identity"] | {"data": batches.digest(), "collator": seen}
+    _refuse_other(root, manifest["identity"], wanted)
 
 
 def _form(identity: Mapping[str, Any]) -> Form:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from hf_transfer.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _SHOWN = 5
 
@@ -108,3 +108,30 @@ def _read_by(text: str, offsets: Sequence[tuple[int, int]], special: Sequence[in
             positions.setdefault(read, token - 1)
         read = max(read, end)
     return positions
+
+
+def token_count(model: PreTrainedModel) -> int | None:
+    """How many tokens the model can read; ``None`` where it reads no tokens."""
+    try:
+        return getattr(model.get_input_embeddings(), "num_embeddings", None)
+    except (NotImplementedError, AttributeError):
+        return None
+
+
+def within_vocabulary(batch: Mapping[str, Any], count: int | None) -> dict[str, Any]:
+    """``batch`` for a model of ``count`` tokens: padding that it has no embedding for becomes token 0.
+
+    Raises:
+        ConfigurationError: A token that is no padding lies beyond.
+    """
+    ids = batch.get("input_ids")
+    if count is None or ids is None or not (beyond := ids >= count).any():
+        return dict(batch)
+    mask = batch.get("attention_mask")
+    real = beyond if mask is None else beyond & mask.bool()
+    if real.any():
+        raise ConfigurationError(
+            f"teacher: the batch holds the token {int(ids[real][0])}, but the teacher has {count:,} tokens only. "
+            "Expected texts of tokens that both know."
+        )
+    return {**batch, "input_ids": ids.masked_fill(beyond, 0)}

@@ -7,12 +7,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from torch.nn import functional
 from transformers import (
     BertConfig,
     BertForTokenClassification,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
     Gemma2Config,
     Gemma2ForCausalLM,
     GPT2Config,
@@ -195,7 +197,56 @@ def test_a_longer_vocabulary_is_compared_where_both_mean_the_same():
         term(student, teacher, batch)
 
 
+def test_a_teacher_gets_the_columns_that_the_student_does_not_know(tmp_path):
+    """Which of two texts a token is of: BERT reads it, DistilBERT does not."""
+    torch.manual_seed(0)
+    config = DistilBertConfig(
+        vocab_size=VOCABULARY, dim=16, n_layers=1, n_heads=2, hidden_dim=32, num_labels=3, dropout=0.0
+    )
+    student, teacher = pair(lambda seed: tiny_bert(seed=5) if seed else DistilBertForSequenceClassification(config))
+    rows = text_rows(8).map(lambda row: {"token_type_ids": [0] + [1] * (len(row["input_ids"]) - 1)})
+    settings = arguments(tmp_path, per_device_eval_batch_size=8)
+    options = {"teacher": teacher, "train_dataset": rows, "eval_dataset": rows, "data_collator": collate}
+    trainer = DistillationTrainer(student, settings, **options)
+    batch = collate([rows[row] for row in range(8)])
+    names = ("input_ids", "attention_mask", "token_type_ids")
+    target = teacher(**{name: batch[name] for name in names}).logits
+    expected = kl(student(**{name: batch[name] for name in names[:2]}).logits, target, 1.0).mean()
+    assert trainer.evaluate()["eval_teacher_kl"] == pytest.approx(expected.item(), rel=1e-4)
+    trainer.train()
+
+
+def test_padding_that_only_the_student_knows_does_not_reach_the_teacher():
+    teacher, student = tiny_llama(seed=5), tiny_llama()
+    student.resize_token_embeddings(VOCABULARY + 1, mean_resizing=False)
+    ids = torch.tensor([[5, 6, 7, 8], [9, 10, VOCABULARY, VOCABULARY]])
+    batch = {"input_ids": ids, "attention_mask": ids.ne(VOCABULARY).long()}
+    batch["labels"] = ids.masked_fill(ids == VOCABULARY, -100)
+    found = term(student, teacher, batch, vocabulary=VOCABULARY)
+    padded = batch | {"input_ids": ids.masked_fill(ids == VOCABULARY, 0)}
+    assert found.item() == pytest.approx(term(student, teacher, padded, vocabulary=VOCABULARY).item(), rel=1e-5)
+    batch["attention_mask"][:] = 1
+    with pytest.raises(ConfigurationError, match="holds the token 60, but the teacher has 60 tokens only"):
+        term(student, teacher, batch, vocabulary=VOCABULARY)
+
+
+def test_a_prompt_tuned_student_is_compared_where_the_text_is():
+    student, teacher = pair(tiny_llama)
+    student = get_peft_model(student, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    batch = {"input_ids": torch.randint(4, 60, (2, 6))}
+    batch |= {"labels": batch["input_ids"], "attention_mask": torch.ones(2, 6, dtype=torch.long)}
+    logits = student(**batch).logits[:, -6:-1], teacher(batch["input_ids"]).logits[:, :-1]
+    expected = kl(*(each.flatten(0, 1) for each in logits), 3.0).mean()
+    assert term(student, teacher, batch).item() == pytest.approx(expected.item(), rel=1e-4)
+
+
 REFUSED = {
+    "another problem": (
+        lambda: Distillation(tiny_bert(problem_type="multi_label_classification")).prepare(
+            tiny_bert(problem_type="single_label_classification")
+        ),
+        "its problem_type is 'multi_label_classification', the student's 'single_label_classification'",
+    ),
     "temperature": (lambda: Distillation(tiny_bert(), temperature=0), "temperature is 0"),
     "divergence": (lambda: Distillation(tiny_bert(), divergence="forward_lk"), "Did you mean 'forward_kl'"),
     "no model": (lambda: Distillation(torch.nn.Linear(2, 2)), "expected a transformers model"),

@@ -162,8 +162,12 @@ def test_refused(tmp_path):
         StoredDistillation(store).prepare(tiny_bert())
     with pytest.raises(ConfigurationError, match="a stored teacher serves 'forward_kl'"):
         DistillationTrainer(tiny_llama(), teacher=store, divergence="reverse_kl")
-    with pytest.raises(ConfigurationError, match="the store is of 12 examples, train_dataset has 5"):
-        DistillationTrainer(tiny_llama(), teacher=store, train_dataset=rows().select(range(5)))
+    others = {"found 5 examples, but the teacher's store": rows().select(range(5)), "data: found": rows().shuffle(3)}
+    for message, dataset in others.items():
+        with pytest.raises(ConfigurationError, match=message):
+            DistillationTrainer(
+                tiny_llama(), arguments(tmp_path), teacher=store, train_dataset=dataset, data_collator=collate
+            )
     objective = StoredDistillation(store)
     objective.prepare(tiny_llama())
     batch = some_batch(rows(), 2, 5)

@@ -54,6 +54,7 @@ class PreparedData:
         length: The number of tokens that rows were cut to or packed into.
         summaries: What happened to each split.
         notes: What the reader of a result should know of the data.
+        pairs: Whether an example is two texts.
     """
 
     train: Dataset
@@ -65,6 +66,7 @@ class PreparedData:
     length: int
     summaries: dict[str, SplitSummary]
     notes: list[str]
+    pairs: bool = False
 
     def report(self) -> list[str]:
         """One line for each split, then the notes: what a run prints before it trains."""

@@ -152,7 +152,10 @@ class TextData:
             notes += unseen_labels(labelled | {"train": splits["train"]}, labels)
 
         function, settings = self._tokeniser(tokenizer, task, labels)
-        trained_on = set(texts_of(splits["train"]))
+        if "unlabelled" in splits:
+            roles = [role for role in roles_of("unlabelled", task) if role in splits["unlabelled"].column_names]
+            splits["unlabelled"] = splits["unlabelled"].select_columns(roles)
+        trained_on = {text for split in ("train", "unlabelled") if split in splits for text in texts_of(splits[split])}
         prepared, summaries = {}, {}
         for split, rows in splits.items():
             prepared[split], counts = tokens.tokenise(
@@ -175,6 +178,7 @@ class TextData:
             length=length,
             summaries=summaries,
             notes=notes,
+            pairs="text_pair" in splits["train"].column_names,
         )
 
     def _split_names(self, raw: DatasetDict) -> dict[str, str]:

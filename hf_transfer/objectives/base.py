@@ -32,7 +32,7 @@ class Objective(nn.Module):
     name: ClassVar[str]
     """Key of the term in recipes and in the logs (``<name>_loss``)."""
 
-    columns: ClassVar[tuple[str, ...]] = ()
+    columns: tuple[str, ...] = ()
     """Columns read from the batch beyond the model's own inputs; kept in the data set and never shown to the model."""
 
     logits: ClassVar[bool] = True

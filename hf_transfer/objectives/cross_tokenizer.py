@@ -62,7 +62,7 @@ class CrossTokenizerDistillation(Objective):
     """
 
     name: ClassVar[str] = "cross_tokenizer_distillation"
-    columns: ClassVar[tuple[str, ...]] = (*TEACHER_COLUMNS, TEACHER_MASK)
+    columns: tuple[str, ...] = (*TEACHER_COLUMNS, TEACHER_MASK)
 
     teacher: PreTrainedModel
 

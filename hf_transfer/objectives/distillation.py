@@ -20,7 +20,15 @@ from hf_transfer.functional import (
 )
 from hf_transfer.linear_head import LinearHead
 from hf_transfer.linear_loss import TeacherHead
-from hf_transfer.losses import CLASSIFICATION, LossKind, label_names, loss_kind, shifts_labels, transformer_in
+from hf_transfer.losses import (
+    CLASSIFICATION,
+    LossKind,
+    label_names,
+    loss_kind,
+    problem_type,
+    shifts_labels,
+    transformer_in,
+)
 from hf_transfer.objectives.base import Objective
 from hf_transfer.objectives.teacher import Teacher
 from hf_transfer.schedules import Schedule
@@ -29,6 +37,7 @@ from hf_transfer.tasks import IGNORED
 logger = logging.getLogger(__name__)
 
 SHOWN = 4  # labels named in a message
+CHUNK = 1 << 24  # logits compared at a time in evaluation: 64 MiB of float32
 ON_POLICY = "on_policy"
 """Stands in batches that the student wrote: there is nothing in them that labels could teach."""
 
@@ -42,7 +51,7 @@ class TeacherPredictions(Objective):
     """
 
     name: ClassVar[str] = "distillation"
-    columns: ClassVar[tuple[str, ...]] = (ON_POLICY,)
+    columns: tuple[str, ...] = (ON_POLICY,)
 
     def __init__(self, *, weight: float | Schedule, temperature: float) -> None:
         super().__init__(weight=weight)
@@ -60,13 +69,18 @@ class TeacherPredictions(Objective):
         each position that is scored, in the order of the batch. Needs :meth:`fuse`."""
         raise NotImplementedError(f"{type(self).__name__} must define linear_terms().")
 
-    def _settle(self, student: PreTrainedModel, kind: LossKind | None, teacher: str) -> None:
-        """Refuse a teacher of another ``kind``, and find out which positions are compared."""
+    def _settle(self, student: PreTrainedModel, kind: LossKind | None, problem: str | None, teacher: str) -> None:
+        """Refuse a teacher of another ``kind`` or ``problem``, and find out which positions are compared."""
         own = loss_kind(student)
         if own is None or own != kind:
             raise ConfigurationError(
                 f"teacher: {teacher} ({kind or 'another task'}) cannot teach {type(student).__name__} "
                 f"({own or 'another task'}): expected the same kind of prediction, with a head over classes or tokens."
+            )
+        problems = problem_type(student.config), problem
+        if kind == "classification" and None not in problems and problems[0] != problems[1]:
+            raise ConfigurationError(
+                f"teacher: its problem_type is '{problem}', the student's '{problems[0]}': expected the same."
             )
         self._shifts = shifts_labels(student)
         self.averaged_over = "examples" if kind == "classification" else "labels"
@@ -80,6 +94,7 @@ class TeacherPredictions(Objective):
         """Those of ``logits`` that are compared, (N, C): of every example, or of every token that is scored."""
         if self.averaged_over == "examples":
             return logits
+        logits = logits[:, -batch["labels"].shape[1] :]  # prompt tuning puts tokens of its own before the text
         return (logits[:, :-1] if self._shifts else logits)[self._kept(batch)]
 
 
@@ -139,6 +154,7 @@ class Distillation(TeacherPredictions):
         super().__init__(weight=weight, temperature=temperature)
         check_divergence(divergence, temperature, beta)
         self.teacher = Teacher.of(teacher)
+        self.columns = (ON_POLICY, *sorted(self.teacher.inputs))
         self.divergence = divergence
         self.beta = beta
         self.vocabulary = vocabulary
@@ -148,7 +164,7 @@ class Distillation(TeacherPredictions):
     def prepare(self, model: nn.Module) -> None:
         student, teacher = transformer_in(model), self.teacher.core
         kind = loss_kind(teacher)
-        self._settle(student, kind, type(teacher).__name__)
+        self._settle(student, kind, problem_type(teacher.config), type(teacher).__name__)
         self.teacher.serve(self, model)
         if kind in CLASSIFICATION:
             self._order = label_order(label_names(student.config), label_names(teacher.config))
@@ -172,14 +188,17 @@ class Distillation(TeacherPredictions):
         """
         config = transformer_in(model).config
         student, teacher = self._positions(batch, outputs)
-        same = student.argmax(-1) == teacher.argmax(-1)
-        if config.problem_type == "multi_label_classification":
-            same = ((student > 0) == (teacher > 0)).all(-1)
-        distance, _ = self._compared(config, student, teacher, kind="forward_kl", temperature=1.0)
-        examples = self._kept(batch).nonzero()[:, 0] if self.averaged_over == "labels" else torch.arange(len(same))
+        answers = []
+        size = max(1, CHUNK // max(1, student.shape[-1]))
+        for ours, theirs in zip(student.split(size), teacher.split(size), strict=True):
+            same = ours.argmax(-1) == theirs.argmax(-1)
+            if problem_type(config) == "multi_label_classification":
+                same = ((ours > 0) == (theirs > 0)).all(-1)
+            distance, _ = self._compared(config, ours, theirs, kind="forward_kl", temperature=1.0)
+            answers.append(torch.stack([same.float(), distance.float(), torch.ones_like(same, dtype=torch.float)], 1))
+        examples = self._kept(batch).nonzero()[:, 0] if self.averaged_over == "labels" else torch.arange(len(student))
         counts = torch.zeros(len(outputs.logits), 3, device=student.device)
-        each = torch.stack([same.float(), distance.float(), torch.ones_like(distance)], 1)
-        return counts.index_add_(0, examples.to(counts.device), each)
+        return counts.index_add_(0, examples.to(counts.device), torch.cat(answers)) if answers else counts
 
     def fuse(self) -> None:
         self._teacher_head = LinearHead(self.teacher.model)
@@ -210,7 +229,7 @@ class Distillation(TeacherPredictions):
         self, config: PreTrainedConfig, student: Tensor, teacher: Tensor, *, kind: Divergence, temperature: float
     ) -> tuple[Tensor, float]:
         """The distance at each of the N positions, and the factor that makes up for the temperature."""
-        problem = config.problem_type if self.averaged_over == "examples" else None
+        problem = problem_type(config) if self.averaged_over == "examples" else None
         if problem == "regression":
             kind = "logit_mse"
         compare = bernoulli_divergence if problem == "multi_label_classification" else divergence

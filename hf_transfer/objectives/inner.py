@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Distance = Literal["mse", "cosine"]
+_ATTENTION_DROPOUT = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop")
 TaughtBy = Annotated[nn.Module | Teacher, Supplied()]
 
 
@@ -68,6 +69,8 @@ def attention_distance(student: Tensor, teacher: Tensor, real: Tensor) -> Tensor
 class _LayerMatching(Objective):
     """Layer by layer, a student's output against its teacher's: the mean of a distance over the mapped layers."""
 
+    logits: ClassVar[bool] = False
+
     _field: ClassVar[str]
     """Name of the output that holds one tensor per layer, the second last axis of which are tokens."""
 
@@ -80,6 +83,7 @@ class _LayerMatching(Objective):
     def __init__(self, teacher: TaughtBy, *, weight: float | Schedule, layers: LayerMap) -> None:
         super().__init__(weight=weight)
         self.teacher = Teacher.of(teacher)
+        self.columns = tuple(sorted(self.teacher.inputs))
         self.layers = layers
 
     def prepare(self, model: nn.Module) -> None:
@@ -222,7 +226,8 @@ class HiddenStateMatching(_LayerMatching):
 class AttentionMatching(_LayerMatching):
     """Pull attention towards that of a teacher's layers: the mean over layers of ``attention_distance``.
 
-    Both models must be loaded with ``attn_implementation="eager"``: the faster ones never hold the probabilities. Of
+    Both models must be loaded with ``attn_implementation="eager"``: the faster ones never hold the probabilities; and
+    the student without dropout of its attention, which would fall on the probabilities themselves. Of
     an encoder-decoder, self-attention is matched; the decoder's attention to the encoder is not.
 
     Relations: ``HiddenStateMatching`` runs with any attention. MiniLM (Wang et al. 2020) takes the last layer alone,
@@ -234,7 +239,8 @@ class AttentionMatching(_LayerMatching):
         layers: As for ``HiddenStateMatching``; there is no depth 0.
 
     Raises:
-        ConfigurationError: As for ``HiddenStateMatching``; from ``prepare``, a model whose attention is not eager.
+        ConfigurationError: As for ``HiddenStateMatching``; from ``prepare``, a model whose attention is not eager, or
+            a student's that has dropout.
     """
 
     name: ClassVar[str] = "attention_matching"
@@ -261,6 +267,14 @@ class AttentionMatching(_LayerMatching):
                     f"{self.name}: the {role}'s attention is '{kind}', which keeps no probabilities. Expected "
                     '\'eager\': load it with attn_implementation="eager", or call set_attn_implementation("eager").'
                 )
+
+        config = self._student.core.config.get_text_config()
+        dropped = next((name for name in _ATTENTION_DROPOUT if getattr(config, name, 0)), None)
+        if dropped is not None:
+            raise ConfigurationError(
+                f"{self.name}: the student's {dropped} is {getattr(config, dropped)}, which falls on the "
+                f"probabilities that are matched. Expected 0: load it with {dropped}=0.0."
+            )
 
     def _distance_of(self, layer: str, student: Tensor, teacher: Tensor, real: Tensor) -> Tensor:
         return attention_distance(student, teacher, real)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +40,7 @@ class StoredDistillation(TeacherPredictions):
         >>> trainer = DistillationTrainer(student, args, teacher=store, train_dataset=train_dataset)
     """
 
-    columns: ClassVar[tuple[str, ...]] = (EXAMPLE_INDEX,)
+    columns: tuple[str, ...] = (EXAMPLE_INDEX,)
 
     def __init__(self, store: TeacherStore, *, weight: float | Schedule = 0.5, temperature: float = 2.0) -> None:
         super().__init__(weight=weight, temperature=temperature)
@@ -50,7 +50,8 @@ class StoredDistillation(TeacherPredictions):
 
     def prepare(self, model: nn.Module) -> None:
         student = transformer_in(model)
-        self._settle(student, self.store.kind, "the store's teacher")
+        single = "single_label_classification" if self.store.kind == "classification" else None
+        self._settle(student, self.store.kind, single, "the store's teacher")
         if self.store.label_names is not None:
             order = label_order(label_names(student.config), self.store.label_names)
             self._place = None if order is None else torch.tensor(order).argsort()

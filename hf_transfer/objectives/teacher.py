@@ -15,7 +15,9 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import find_labels
 
 from hf_transfer.errors import ConfigurationError
+from hf_transfer.losses import transformer_in
 from hf_transfer.objectives.base import Objective
+from hf_transfer.vocabularies import token_count, within_vocabulary
 
 
 class Teacher:
@@ -54,8 +56,10 @@ class Teacher:
         self.model = model.eval().requires_grad_(False)
         self.core: Any = core
         named = inspect.signature(core.forward).parameters
-        self._inputs = named.keys() - set(find_labels(type(core)))
+        self.inputs = named.keys() - set(find_labels(type(core)))
+        """The columns it reads beside labels, which the student need not know."""
         self._options = {"use_cache": False} if "use_cache" in named else {}
+        self._tokens: int | None = None  # where the student has more
         self._served: weakref.WeakSet[Objective] = weakref.WeakSet()
         self._forget()
 
@@ -90,6 +94,9 @@ class Teacher:
                 f"{objective.name}: the student's '{shared}' is the teacher's too. Expected two models: load the "
                 "teacher a second time, or copy.deepcopy it."
             )
+        ours, theirs = (token_count(each) for each in (transformer_in(student), self.core))
+        if ours is not None and theirs is not None and ours > theirs:
+            self._tokens = theirs
         self._served.add(objective)
         self._forget()
 
@@ -100,7 +107,7 @@ class Teacher:
             batch: A collated micro-batch; teaching columns and labels may be among it. An encoder-decoder that is
                 given no ``decoder_input_ids`` gets the labels, shifted.
         """
-        tensors = {name: batch[name] for name in (*self._inputs, "labels") if isinstance(batch.get(name), Tensor)}
+        tensors = {name: batch[name] for name in (*self.inputs, "labels") if isinstance(batch.get(name), Tensor)}
         key = {name: (id(tensor), tensor._version) for name, tensor in tensors.items()}
         if not self._answer or key != self._key:  # while there is an answer its tensors live, and ids are theirs
             self._forget()
@@ -118,7 +125,7 @@ class Teacher:
         if self.model.training:
             self.model.eval()
         device = next(value.device for value in batch.values() if isinstance(value, Tensor))
-        inputs = send_to_device(self._inputs_of(batch), self.core.device)
+        inputs = within_vocabulary(send_to_device(self._inputs_of(batch), self.core.device), self._tokens)
         inputs = {
             name: value.to(self.core.dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
             for name, value in inputs.items()
@@ -131,9 +138,9 @@ class Teacher:
         return answer if device == self.core.device else send_to_device(answer, device)
 
     def _inputs_of(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        inputs = {name: value for name, value in batch.items() if name in self._inputs}
+        inputs = {name: value for name, value in batch.items() if name in self.inputs}
         labels = batch.get("labels")
-        if "decoder_input_ids" not in self._inputs - inputs.keys() or not isinstance(labels, Tensor):
+        if "decoder_input_ids" not in self.inputs - inputs.keys() or not isinstance(labels, Tensor):
             return inputs
         shifted = getattr(self.core, "prepare_decoder_input_ids_from_labels", None)
         if shifted is not None:

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from datasets import Dataset
 from torch import nn
-from transformers import PreTrainedTokenizerBase, TrainingArguments
+from transformers import GenerationMixin, PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from hf_transfer.errors import ConfigurationError
 from hf_transfer.functional import Divergence
-from hf_transfer.losses import loss_kind, shifts_labels, transformer_in
+from hf_transfer.losses import problem_type, shifts_labels, transformer_in
 from hf_transfer.models import ModelSpec, load_tokenizer, load_trained
 from hf_transfer.objectives.base import Objective
 from hf_transfer.objectives.distillation import ON_POLICY, Distillation, TeacherPredictions
@@ -49,7 +49,7 @@ class DistillationTrainer(TransferTrainer):
         lmbda: Share of the micro-batches that the student writes itself (on-policy; Agarwal et al. 2024, GKD), by
             ``generate``: what it learns there is what the teacher says to its own mistakes, and ``divergence`` alone
             counts. 0 is off; GKD found 1 best with ``reverse_kl`` or ``jensen_shannon``, and 0.5 a good mixture.
-        max_new_tokens: Of these; by default as many as the batch's longest target has.
+        max_new_tokens: Of these; by default until a row is as long as the batch's longest.
         teacher_tokenizer: Compared with ``processing_class`` token by token, where both are given; read from the
             teacher's folder where that is given.
         compare_to_teacher: Whether evaluation runs the teacher too, where it is there.
@@ -99,9 +99,11 @@ class DistillationTrainer(TransferTrainer):
             raise ConfigurationError("task_weight is 1 - alpha: give alpha alone.")
         if model is None:
             raise ConfigurationError("A teacher is compared with one student: pass 'model', not 'model_init'.")
+        loaded: Any = None
         if isinstance(teacher, (str, Path)):
             spec = ModelSpec(str(teacher))
             teacher = load_trained(spec)
+            loaded = teacher
             if teacher_tokenizer is None and isinstance(options.get("processing_class"), PreTrainedTokenizerBase):
                 teacher_tokenizer = load_tokenizer(spec)
         self.lmbda = lmbda
@@ -110,7 +112,11 @@ class DistillationTrainer(TransferTrainer):
         self.distillation: TeacherPredictions
         self._compared: Distillation | None = None
         if isinstance(teacher, TeacherStore):
-            _check_stored(teacher, divergence, options.get("train_dataset"))
+            if divergence != "forward_kl":
+                raise ConfigurationError(
+                    f"divergence = '{divergence}': a stored teacher serves 'forward_kl', the one divergence that what "
+                    "is stored is enough for."
+                )
             self.distillation = StoredDistillation(teacher, weight=alpha, temperature=temperature)
         else:
             self.distillation = Distillation(
@@ -130,6 +136,10 @@ class DistillationTrainer(TransferTrainer):
             fused_loss=shifts_labels(model) if fused_loss is None else fused_loss,
             **options,
         )
+        if loaded is not None:
+            loaded.to(self.args.device)
+        if isinstance(teacher, TeacherStore) and isinstance(options.get("train_dataset"), Dataset):
+            teacher.check(options["train_dataset"], self.data_collator)
         if lmbda > 0:
             self._refuse_on_policy()
 
@@ -151,12 +161,21 @@ class DistillationTrainer(TransferTrainer):
 
     def _refuse_on_policy(self) -> None:
         core = transformer_in(self.model)
-        if loss_kind(core) not in ("causal language model", "encoder-decoder") or not core.can_generate():
-            raise ConfigurationError(f"lmbda = {self.lmbda}: {type(core).__name__} does not write texts.")
-        reader = next((each for each in self._index_readers), None)
+        writes = getattr(type(core), "generate", None) is GenerationMixin.generate and core.can_generate()
+        if not writes or core.main_input_name != "input_ids":
+            raise ConfigurationError(
+                f"lmbda = {self.lmbda}: {type(core).__name__} does not write texts from texts by transformers' own "
+                "generate."
+            )
+        reader = next((each for each in self.objectives if set(type(each).columns) - {ON_POLICY}), None)
         if reader is not None:
             raise ConfigurationError(
-                f"lmbda = {self.lmbda}: {reader} knows of the training data only, not of what the student will write."
+                f"lmbda = {self.lmbda}: {reader.name} reads columns of the training data, which say nothing of "
+                "what the student will write."
+            )
+        if self._index_readers:
+            raise ConfigurationError(
+                f"lmbda = {self.lmbda}: {self._index_readers[0]} knows of the training data only."
             )
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ConfigurationError(f"lmbda = {self.lmbda}: a model in shards cannot generate between two steps.")
@@ -171,7 +190,7 @@ class DistillationTrainer(TransferTrainer):
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if self._compared is not None and not model.training:
             counts = self._compared.agreement(self.accelerator.unwrap_model(model), inputs, outputs)
-            total = self.accelerator.gather_for_metrics(counts).double().sum(0)
+            total = self.accelerator.gather_for_metrics(counts).sum(0).cpu().double()
             self._counts = total if self._counts is None else self._counts + total
         return (loss, outputs) if return_outputs else loss
 
@@ -187,7 +206,7 @@ class DistillationTrainer(TransferTrainer):
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         if self._counts is not None and self._compared is not None and output.metrics is not None:
             same, distance, answers = self._counts.tolist()
-            number = self._compared.teacher.core.config.problem_type == "regression"
+            number = problem_type(transformer_in(self.model).config) == "regression"
             output.metrics[f"{metric_key_prefix}_teacher_{'mse' if number else 'kl'}"] = distance / max(1.0, answers)
             if not number:
                 output.metrics[f"{metric_key_prefix}_teacher_agreement"] = same / max(1.0, answers)
@@ -199,16 +218,3 @@ def _vocabulary(student: Any, teacher: PreTrainedTokenizerBase | None) -> int | 
     if not isinstance(student, PreTrainedTokenizerBase) or teacher is None:
         return None
     return shared_vocabulary(student, teacher)
-
-
-def _check_stored(store: TeacherStore, divergence: str, dataset: Any) -> None:
-    if divergence != "forward_kl":
-        raise ConfigurationError(
-            f"divergence = '{divergence}': a stored teacher serves 'forward_kl', the one divergence that what is "
-            "stored is enough for."
-        )
-    if isinstance(dataset, Dataset) and len(dataset) != len(store):
-        raise ConfigurationError(
-            f"teacher: the store is of {len(store)} examples, train_dataset has {len(dataset)}. Expected the data "
-            "that the store was built from, in the same order."
-        )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -36,31 +37,35 @@ def sampled_batch(
         model: A transformers model that generates, bare or inside a PEFT model; its modules keep their modes.
         batch: A collated micro-batch with ``input_ids`` and ``labels``.
         seed: Of the tokens drawn; the random state is left as it was, for what else is drawn from it.
-        max_new_tokens: At most so many are written; by default as many as the longest target in the batch has.
-        **generation: Options of ``GenerationConfig``; by default tokens are drawn from the model's own distribution.
+        max_new_tokens: At most so many are written; by default until a row is as long as the batch's longest.
+        **generation: Options of ``GenerationConfig``; by default tokens are drawn from the model's own distribution,
+            whatever the checkpoint's ``generation_config`` says.
     """
     core, generate = transformer_in(model), cast(Callable[..., Tensor], model.generate)
     labels = batch["labels"]
     if core.config.is_encoder_decoder:
-        longest, prompts = labels.shape[1], None
+        room, prompts = [labels.shape[1]] * len(labels), None
     else:
         prompts = _prompts(batch)
-        longest = max(1, max(_length(batch, row) - len(prompt) for row, prompt in enumerate(prompts)))
-    config = _generation_config(core, max_new_tokens or longest, generation)
+        longest = int(_real(batch).sum(1).max())
+        room = [max(1, longest - len(prompt)) for prompt in prompts]
+    if max_new_tokens is not None:
+        room = [max_new_tokens] * len(labels)
+    config = _generation_config(core, max(room), generation)
     device = [core.device] if core.device.type == "cuda" else []
-    with evaluating(model), torch.random.fork_rng(device):
+    with evaluating(model), _generating_by(core, config), torch.random.fork_rng(device):
         torch.manual_seed(seed)
         if prompts is None:
             inputs = {name: batch[name] for name in (core.main_input_name, "attention_mask") if name in batch}
-            written = generate(**inputs, generation_config=config)[:, 1:]
+            written = generate(**inputs)[:, 1:]
         else:
             width = max(map(len, prompts))
             padded, real = (
                 torch.stack([torch.cat([value.new_zeros(width - len(value)), value]) for value in values])
                 for values in (prompts, [torch.ones_like(prompt) for prompt in prompts])
             )
-            written = generate(input_ids=padded, attention_mask=real, generation_config=config)[:, width:]
-    targets = [_until_the_end(row, config.eos_token_id) for row in written]
+            written = generate(input_ids=padded, attention_mask=real)[:, width:]
+    targets = [_until_the_end(row[:most], config.eos_token_id) for row, most in zip(written, room, strict=True)]
     kept = {name: value for name, value in batch.items() if isinstance(value, Tensor) and value.dim() == 1}
     on_policy = {ON_POLICY: torch.ones((), dtype=torch.bool, device=labels.device)}
     if prompts is None:
@@ -82,21 +87,28 @@ def sampled_batch(
 def _prompts(batch: Mapping[str, Any]) -> list[Tensor]:
     """What each row of a decoder's batch goes on from, padding left out on either side."""
     prompts = []
-    for row, (ids, labels) in enumerate(zip(batch["input_ids"], batch["labels"], strict=True)):
-        scored = (labels != IGNORED).nonzero()
-        end = int(scored[0]) if len(scored) else len(ids)
-        real = _real(batch, row)[: max(1, end)]
-        prompts.append(ids[: max(1, end)][real] if real.any() else ids[:1])
+    for ids, labels, real in zip(batch["input_ids"], batch["labels"], _real(batch), strict=True):
+        scored, places = (labels != IGNORED).nonzero(), real.nonzero()
+        first = int(places[0]) if len(places) else 0
+        end = max(first + 1, int(scored[0]) if len(scored) else len(ids))
+        prompts.append(ids[first:end][real[first:end]] if len(places) else ids[:1])
     return prompts
 
 
-def _real(batch: Mapping[str, Any], row: int) -> Tensor:
+def _real(batch: Mapping[str, Any]) -> Tensor:
+    """(B, T), True at tokens that are not padding."""
     mask = batch.get("attention_mask")
-    return torch.ones_like(batch["input_ids"][row], dtype=torch.bool) if mask is None else mask[row].bool()
+    return torch.ones_like(batch["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
 
 
-def _length(batch: Mapping[str, Any], row: int) -> int:
-    return int(_real(batch, row).sum())
+@contextmanager
+def _generating_by(core: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+    """Let ``generate`` follow ``config`` alone: what it leaves open would come from the checkpoint's."""
+    own, core.generation_config = core.generation_config, config
+    try:
+        yield
+    finally:
+        core.generation_config = own
 
 
 def _generation_config(core: PreTrainedModel, max_new_tokens: int, options: Mapping[str, Any]) -> GenerationConfig:

@@ -350,8 +350,10 @@ class TransferTrainer(Trainer):
     ) -> torch.Tensor:
         """The weighted sum of the task's loss and all terms; a fused loss is the sum of the first two already."""
         if not fused:
-            self._term_sums["task"] += loss.detach()
-            loss = self._task_weight_of(inputs) * loss
+            weight = self._task_weight_of(inputs)
+            if weight or not self.task_weight:
+                self._term_sums["task"] += loss.detach()
+            loss = weight * loss
         model = self.accelerator.unwrap_model(self.model)
         for objective in self.objectives:
             if fused and objective is self._distillation:
@@ -392,6 +394,8 @@ class TransferTrainer(Trainer):
                 raise ConfigurationError("compute_loss_func and label smoothing need the logits.")
             if readers:
                 raise ConfigurationError(f"The objective {readers[0]} needs the logits.")
+            if getattr(getattr(self.model, "active_peft_config", None), "is_prompt_learning", False):
+                raise ConfigurationError("Prompt tuning puts tokens of its own before the text.")
             if self._distillation is not None:
                 self._distillation.fuse()
             return LinearHead(self.model)
@@ -411,7 +415,7 @@ class TransferTrainer(Trainer):
         assert self._head is not None
         scored = labels != IGNORED
         terms: dict[str, Any] = {}
-        distillation = self._distillation
+        task_weight, distillation = self._task_weight_of(inputs), self._distillation
         if distillation is not None:
             terms = distillation.linear_terms(inputs, self._progress)
         fused = linear_distillation_loss(
@@ -419,12 +423,13 @@ class TransferTrainer(Trainer):
             self._head.weight,
             labels[scored],
             bias=self._head.bias,
-            task_weight=self._task_weight_of(inputs),
+            task_weight=task_weight,
             normalizer=items,
             **terms,
         )
         ranks = self.accelerator.num_processes if items is not None and self.args.average_tokens_across_devices else 1
-        self._term_sums["task"] += ranks * fused.cross_entropy
+        if task_weight or not self.task_weight:
+            self._term_sums["task"] += ranks * fused.cross_entropy
         if distillation is not None:
             self._term_sums[distillation.name] += ranks * fused.divergence
         return fused

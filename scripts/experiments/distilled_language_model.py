@@ -64,7 +64,7 @@ class Experiment:
 
     def run(self, arm: str, seed: int, rate: float, alpha: float = 0.0, temperature: float = 1.0) -> dict[str, float]:
         """Perplexity and bits per character on validation and test text."""
-        done = self.out / f"{arm}-{seed}-{rate:g}-{alpha:g}-{temperature:g}.json"
+        done = self.out / f"{arm}-{self.steps}-{seed}-{rate:g}-{alpha:g}-{temperature:g}.json"
         if not done.exists():
             trainer = self._trainer(arm, seed, rate, alpha, temperature)
             trainer.train()

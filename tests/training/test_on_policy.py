@@ -61,6 +61,29 @@ def test_rows_go_on_from_their_prompts_as_each_would_alone(seed):
     assert found["domain"].tolist() == [0, 1, 0]
 
 
+def test_padding_on_the_left_is_no_prompt():
+    """Neither before a prompt nor where every real token has a label."""
+    model = student()
+    batch = {
+        "input_ids": torch.tensor([[0, 0, 9, 12, 30, 41], [0, 15, 22, 50, 51, 52]]),
+        "attention_mask": torch.tensor([[0, 0, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1]]),
+        "labels": torch.tensor([[-100, -100, -100, -100, -100, 41], [-100, 15, 22, 50, 51, 52]]),
+    }
+    found = sampled_batch(model, batch, seed=0, max_new_tokens=4, **GREEDY)
+    for row, prompt in enumerate(([9, 12, 30], [15])):
+        expected = prompt + written(model, prompt, 4)
+        assert found["input_ids"][row, : len(expected)].tolist() == expected
+
+
+def test_the_checkpoints_own_way_of_generating_has_no_say():
+    model, batch = student(), prompts_and_answers()
+    expected = sampled_batch(model, batch, seed=0, **GREEDY)["input_ids"]
+    own = model.generation_config
+    own.repetition_penalty, own.num_beams, own.min_length, own.return_dict_in_generate = 5.0, 3, 9, True
+    assert torch.equal(sampled_batch(model, batch, seed=0, **GREEDY)["input_ids"], expected)
+    assert model.generation_config is own
+
+
 def test_texts_end_where_the_model_ends_them():
     model = student()
     with torch.no_grad():
@@ -71,13 +94,13 @@ def test_texts_end_where_the_model_ends_them():
     assert (found["labels"] != -100).sum(1).tolist() == [1, 1, 1]
 
 
-def test_as_many_tokens_as_the_longest_target_and_modes_are_kept():
+def test_rows_grow_to_the_longest_of_the_batch_and_modes_are_kept():
     model = student()
     model.generation_config.eos_token_id = None
     model.train()
     model.model.layers[0].eval()
     found = sampled_batch(model, prompts_and_answers(), seed=0, **GREEDY)
-    assert (found["labels"] != -100).sum(1).tolist() == [5, 5, 5]
+    assert (found["labels"] != -100).sum(1).tolist() == [3, 4, 5]
     assert model.training
     assert not model.model.layers[0].training
 
@@ -177,6 +200,8 @@ def test_refused(tmp_path):
 
     rows = language_rows(6).remove_columns("domain")
     store = TeacherStore.build(student(seed=5), rows, collate, directory=tmp_path / "store", k=8)
-    with pytest.raises(ConfigurationError, match="distillation knows of the training data only"):
-        DistillationTrainer(student(), arguments(tmp_path), teacher=store, lmbda=0.5, train_dataset=rows)
+    with pytest.raises(ConfigurationError, match="lmbda = 0.5: distillation"):
+        DistillationTrainer(
+            student(), arguments(tmp_path), teacher=store, lmbda=0.5, train_dataset=rows, data_collator=collate
+        )
     assert EXAMPLE_INDEX not in rows.column_names
