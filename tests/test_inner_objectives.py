@@ -80,6 +80,9 @@ def test_padding_says_nothing_not_even_when_it_is_no_number():
 
 def eager(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
     model.set_attn_implementation("eager")
+    for name in ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop"):
+        if hasattr(model.config, name):
+            setattr(model.config, name, 0.0)
     return model.eval()
 
 
@@ -113,6 +116,13 @@ def test_nothing_between_a_model_and_its_copy_and_something_to_another(family, o
         for parameter in copy.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     assert term(copy, batch, outputs_of(copy, batch), 0.0).item() > 1e-7
+
+
+def test_dropout_of_the_students_attention_is_refused():
+    student = eager(tiny_bert(seed=1))
+    student.config.attention_probs_dropout_prob = 0.1
+    with pytest.raises(ConfigurationError, match=r"attention_probs_dropout_prob is 0\.1"):
+        AttentionMatching(eager(tiny_bert())).prepare(student)
 
 
 def test_the_mean_over_the_mapped_layers_and_real_tokens():
