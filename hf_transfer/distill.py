@@ -58,7 +58,7 @@ class DistillationRecipe(FineTuneRecipe):
         divergence: What is minimised: forward_kl, reverse_kl, jensen_shannon, total_variation or logit_mse.
         beta: The teacher's share in the mixture of jensen_shannon.
         lmbda: Share of the batches that a language model writes itself (on-policy, GKD); 0 is off.
-        max_new_tokens: Of these; by default as many as the batch's longest target has.
+        max_new_tokens: Of these; by default until a row is as long as the batch's longest.
         store: Train from what ``hf-transfer teach`` stored of the teacher, which is then not loaded.
         compare_to_teacher: Whether evaluation runs the teacher too, for agreement and KL, where it is loaded.
         fused_loss: Compute a language model's loss a few rows at a time, so that its logits are never held.
@@ -149,9 +149,15 @@ class DistillationRecipe(FineTuneRecipe):
         tokenizer, data, metrics = super()._prepare(arguments)
         self._teacher_tokenizer, self._stored = None, None
         if self.store is not None:
-            self._stored = TeacherStore.open(self.store.directory, data.train, data.collator, tokenizer=tokenizer)
             settings = {key: getattr(self.store, key) for key in ("form", "k", "draws", "seed")}
-            self._stored.check(data.train, data.collator, name=self.teacher.name, **settings)
+            self._stored = TeacherStore.open(
+                self.store.directory,
+                data.train,
+                data.collator,
+                tokenizer=tokenizer,
+                name=self.teacher.name,
+                **settings,
+            )
         else:
             self._teacher_tokenizer = load_tokenizer(self.teacher)
             shared_vocabulary(tokenizer, self._teacher_tokenizer)

@@ -192,6 +192,7 @@ class TeacherStore:
         data_collator: Collator,
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        **wanted: Any,
     ) -> TeacherStore:
         """The finished store in ``directory``, once it is known to be whole and of these data.
 
@@ -199,34 +200,34 @@ class TeacherStore:
             directory: As for ``build``.
             dataset: The data to train on; columns that the teacher did not read may differ.
             data_collator: The one to train with.
-            tokenizer: The one to train with, if it should be compared with the teacher's.
+            tokenizer: The one to train with, if it should be compared with the one that made the store's data.
+            **wanted: What it should have been built with: form, k, draws, temperature, seed or name, of which those
+                that its form does not have are passed over.
 
         Raises:
             ConfigurationError: There is no store, it is not finished, a file is cut short or of another store, or the
-                data, the collator or the tokenizer are others than it was built from.
+                data, the collator, the tokenizer or a setting are others than it was built from.
         """
         root = Path(directory)
         manifest = _read_manifest(root)
         _check_data(root, manifest, dataset, data_collator)
         if tokenizer is not None:
-            wanted = manifest["identity"] | {"tokenizer": _tokenizer_digest(tokenizer)}
-            _refuse_other(root, manifest["identity"], wanted)
+            wanted["tokenizer"] = _tokenizer_digest(tokenizer)
+        stored = manifest["identity"] | {"name": manifest["name"]}
+        _refuse_other(root, stored, stored | {key: wanted[key] for key in wanted.keys() & stored})
         return cls(root, manifest, _open_shards(root, manifest))
 
-    def check(self, dataset: Dataset, data_collator: Collator, **wanted: Any) -> None:
-        """Refuse other data than the store was built from, and other settings.
+    def check(self, dataset: Dataset, data_collator: Collator) -> None:
+        """Refuse other data than the store was built from.
 
         Args:
             dataset: As for ``open``.
             data_collator: As for ``open``.
-            **wanted: Of ``build``: form, k, draws, temperature, seed or name, those that the form has.
 
         Raises:
-            ConfigurationError: Something differs.
+            ConfigurationError: They are others, or in another order.
         """
         _check_data(self.directory, self._manifest, dataset, data_collator)
-        stored = self._manifest["identity"] | {"name": self._manifest["name"]}
-        _refuse_other(self.directory, stored, stored | {key: wanted[key] for key in wanted if key in stored})
 
     def __len__(self) -> int:
         """How many examples there are."""

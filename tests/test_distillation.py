@@ -28,8 +28,9 @@ from transformers import (
 
 from hf_transfer.errors import ConfigurationError
 from hf_transfer.linear_head import LinearHead
-from hf_transfer.objectives import L2SP, Distillation
+from hf_transfer.objectives import L2SP, Distillation, HiddenStateMatching
 from hf_transfer.recipe import Recipe
+from hf_transfer.schema import merge
 from hf_transfer.training.distillation import DistillationTrainer
 from hf_transfer.training.trainer import TransferTrainer
 from tests.folders import write_classifier, write_decoder, write_encoder, write_rows, write_sentiment
@@ -325,12 +326,13 @@ def test_a_fused_loss_trains_as_plain_trainer_does(make, tmp_path):
 @pytest.mark.parametrize("divergence", ["forward_kl", "jensen_shannon"])
 def test_a_fused_distillation_trains_as_the_plain_one_does(divergence, tmp_path):
     def run(fused: bool):
-        options = {"teacher": tiny_llama(seed=5, layers=2), "alpha": 0.7, "divergence": divergence}
+        teacher = tiny_llama(seed=5, layers=2)
+        options = {"teacher": teacher, "alpha": 0.7, "divergence": divergence}
         return trained(
             tiny_llama(),
             tmp_path,
             cls=DistillationTrainer,
-            objectives=[L2SP(weight=0.1)],
+            objectives=[L2SP(weight=0.1), HiddenStateMatching(teacher, weight=0.2)],
             fused_loss=fused,
             **options,
             **ADAM,
@@ -340,8 +342,8 @@ def test_a_fused_distillation_trains_as_the_plain_one_does(divergence, tmp_path)
     assert fused[0]._head is not None
     assert plain[0]._head is None
     assert_same_training(fused, plain)
-    assert {"task_loss", "distillation_loss", "l2sp_loss"} <= fused[2][0].keys()
-    total = 0.3 * fused[2][0]["task_loss"] + 0.7 * fused[2][0]["distillation_loss"] + 0.1 * fused[2][0]["l2sp_loss"]
+    weights = {"task": 0.3, "distillation": 0.7, "l2sp": 0.1, "hidden_state_matching": 0.2}
+    total = sum(weight * fused[2][0][f"{name}_loss"] for name, weight in weights.items())
     assert fused[2][0]["loss"] == pytest.approx(total, rel=1e-4)
 
 
@@ -609,6 +611,14 @@ def test_a_recipe_learns_from_its_teacher_where_there_are_no_labels(values, tmp_
     del values["teacher"]
     with pytest.raises(ConfigurationError, match="the recipe 'fine_tune' learns from labels alone"):
         Recipe.from_values(values | {"recipe": "fine_tune"})
+
+
+@pytest.mark.parametrize("changes", [{"store": {"k": 3}}, {"teacher": {"name": "another/teacher"}}], ids=["k", "name"])
+def test_a_store_of_another_teacher_or_other_settings_is_refused(changes, values, tmp_path):
+    values["store"] = {"directory": str(tmp_path / "store")}
+    Recipe.from_values(values).teach()
+    with pytest.raises(ConfigurationError, match="was built from something else"):
+        Recipe.from_values(merge(values, changes)).build()
 
 
 def test_a_store_of_other_data_is_refused_before_the_student_is_loaded(values, tmp_path):

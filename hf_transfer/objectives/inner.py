@@ -128,7 +128,7 @@ class _LayerMatching(Objective):
         return torch.stack(terms).mean()
 
     def _distance_of(self, layer: str, student: Tensor, teacher: Tensor, real: Tensor) -> Tensor:
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define _distance_of().")
 
     def _layer(self, role: str, outputs: Any, tower: str, depth: int) -> Tensor:
         found: tuple[Tensor, ...] = getattr(outputs, f"{tower}{self._field}", None) or ()
