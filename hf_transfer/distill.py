@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from hf_transfer.errors import ConfigurationError
 from hf_transfer.functional import check_divergence
-from hf_transfer.models import ModelSpec, load_tokenizer, load_trained
+from hf_transfer.models import TeacherSpec, load_tokenizer, load_trained
 from hf_transfer.recipe import FineTuneRecipe
 from hf_transfer.vocabularies import shared_vocabulary
 
@@ -68,7 +68,7 @@ class DistillationRecipe(FineTuneRecipe):
     learns_without_labels: ClassVar[bool] = True
     supplies: ClassVar[frozenset[str]] = frozenset({"teacher"})
 
-    teacher: ModelSpec
+    teacher: TeacherSpec
     alpha: float = 0.5
     temperature: float = 2.0
     divergence: Literal["forward_kl", "reverse_kl", "jensen_shannon", "total_variation", "logit_mse"] = "forward_kl"
@@ -89,12 +89,6 @@ class DistillationRecipe(FineTuneRecipe):
         if self.task_weight != 1.0:
             raise ConfigurationError("task_weight is 1 - alpha: give alpha alone.")
         self.teacher = replace(self.teacher, task=self.model.task)
-        changed = [name for name in ("layers", "pooling") if getattr(self.teacher, name) is not None]
-        if changed or not self.teacher.pretrained:
-            raise ConfigurationError(
-                f"teacher.{(*changed, 'pretrained')[0]}: a teacher is taken as it was trained. "
-                "The student's is in the section 'model'."
-            )
         if self.store is None:
             return
         if self.divergence != "forward_kl":

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from textwrap import shorten
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from hf_transfer.checkpoints import check_weight_files, local_folder, resolve
 from hf_transfer.errors import ConfigurationError, nearest
@@ -48,6 +48,9 @@ class ModelSpec:
         trust_remote_code: Run code from the model's own repository. Off: it may do anything.
     """
 
+    section: ClassVar[str] = "model"
+    """What a recipe calls it, and what messages name."""
+
     name: str
     task: TaskName = "sequence-classification"
     revision: str | None = None
@@ -61,14 +64,40 @@ class ModelSpec:
 
     def __post_init__(self) -> None:
         find_task(self.task)
+        section = self.section
         if not self.name:
-            raise ConfigurationError("model.name is empty: expected a Hub id or a folder.")
+            raise ConfigurationError(f"{section}.name is empty: expected a Hub id or a folder.")
         if self.quantization is not None and not self.pretrained:
-            raise ConfigurationError("model.quantization needs pretrained weights, but model.pretrained is false.")
+            raise ConfigurationError(
+                f"{section}.quantization needs pretrained weights, but {section}.pretrained is false."
+            )
         if self.pooling is not None and (self.task != "sequence-classification" or self.quantization is not None):
-            raise ConfigurationError("model.pooling is for sequence-classification on a base that is not quantised.")
+            raise ConfigurationError(
+                f"{section}.pooling is for sequence-classification on a base that is not quantised."
+            )
         if self.layers is not None and self.quantization is not None:
-            raise ConfigurationError("model.layers: blocks are taken from a base that is not quantised.")
+            raise ConfigurationError(f"{section}.layers: blocks are taken from a base that is not quantised.")
+
+    @property
+    def named(self) -> str:
+        """How messages name it."""
+        return f"{self.section}.name = '{self.name}'"
+
+
+@dataclass(frozen=True)
+class TeacherSpec(ModelSpec):
+    """A model that teaches: it is taken as it was trained, with its own head and labels."""
+
+    section: ClassVar[str] = "teacher"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        changed = [name for name in ("layers", "pooling") if getattr(self, name) is not None]
+        if changed or not self.pretrained:
+            raise ConfigurationError(
+                f"teacher.{(*changed, 'pretrained')[0]}: a teacher is taken as it was trained. "
+                "The student's is in the section 'model'."
+            )
 
 
 def load_tokenizer(spec: ModelSpec, *, base_dir: str | Path = ".") -> PreTrainedTokenizerBase:
@@ -82,7 +111,7 @@ def load_tokenizer(spec: ModelSpec, *, base_dir: str | Path = ".") -> PreTrained
     """
     from transformers import AutoTokenizer
 
-    location = resolve(spec.name, revision=spec.revision, base_dir=base_dir)
+    location = resolve(spec.name, revision=spec.revision, base_dir=base_dir, section=spec.section)
     config = _load_config(spec, location)
     options = {"add_prefix_space": True} if spec.task == "token-classification" else {}
     with _one_line_errors(spec, "its tokenizer cannot be loaded"):
@@ -90,11 +119,11 @@ def load_tokenizer(spec: ModelSpec, *, base_dir: str | Path = ".") -> PreTrained
             location, revision=spec.revision, trust_remote_code=spec.trust_remote_code, **options
         )
     if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers makes up an empty one where files are missing
-        raise ConfigurationError(f"model.name = '{spec.name}': it has no tokenizer.")
+        raise ConfigurationError(f"{spec.named}: it has no tokenizer.")
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise ConfigurationError(
-                f"model.name = '{spec.name}': its tokenizer has no padding and no end-of-text token to pad with."
+                f"{spec.named}: its tokenizer has no padding and no end-of-text token to pad with."
             )
         tokenizer.pad_token = tokenizer.eos_token
     longest = getattr(config.get_text_config(), "max_position_embeddings", None)
@@ -130,7 +159,7 @@ def load_model(
     import transformers
 
     task = find_task(spec.task)
-    location = resolve(spec.name, revision=spec.revision, base_dir=base_dir)
+    location = resolve(spec.name, revision=spec.revision, base_dir=base_dir, section=spec.section)
     config = _load_config(spec, location)
     _check_compatible(spec, config, tokenizer)
     if task.new_head:
@@ -154,7 +183,7 @@ def load_model(
             model = auto_class.from_config(config, **options)
         else:
             if Path(location).is_dir():
-                check_weight_files(Path(location))
+                check_weight_files(Path(location), section=spec.section)
             if spec.quantization is not None:
                 make = partial(auto_class.from_config, trust_remote_code=spec.trust_remote_code)
                 options["quantization_config"] = _quantization(spec, make, config)
@@ -198,19 +227,19 @@ def load_trained(spec: ModelSpec, *, base_dir: str | Path = ".") -> PreTrainedMo
     import torch
     import transformers
 
-    location = resolve(spec.name, revision=spec.revision, base_dir=base_dir)
+    location = resolve(spec.name, revision=spec.revision, base_dir=base_dir, section=spec.section)
     config = _load_config(spec, location)
     kind = next(iter(config.architectures or ()), None)
     cls = getattr(transformers, kind, None) if kind else None
     if cls is None:
-        raise ConfigurationError(f"model.name = '{spec.name}': its architecture is {kind}, no class of transformers.")
+        raise ConfigurationError(f"{spec.named}: its architecture is {kind}, no class of transformers.")
     options: dict[str, Any] = {} if spec.dtype == "auto" else {"dtype": getattr(torch, spec.dtype)}
     if spec.attn_implementation is not None:
         options["attn_implementation"] = spec.attn_implementation
     if spec.quantization is not None:
         options["quantization_config"] = _quantization(spec, cls, config)
     if Path(location).is_dir():
-        check_weight_files(Path(location))
+        check_weight_files(Path(location), section=spec.section)
     with _one_line_errors(spec, "it cannot be loaded"), _without_load_report():
         model, loading = cls.from_pretrained(
             location,
@@ -243,7 +272,7 @@ def _one_line_errors(spec: ModelSpec, what: str) -> Iterator[None]:
     except ConfigurationError:
         raise
     except (OSError, ValueError, RuntimeError, ImportError) as error:
-        raise ConfigurationError(f"model.name = '{spec.name}': {what}: {shorten(str(error), 300)}") from error
+        raise ConfigurationError(f"{spec.named}: {what}: {shorten(str(error), 300)}") from error
 
 
 @contextmanager
@@ -267,7 +296,7 @@ def _load_config(spec: ModelSpec, location: str) -> PreTrainedConfig:
     folder = Path(location)
     if folder.is_dir() and not (folder / "config.json").is_file():
         hint = " It is an adapter: name its base." if (folder / "adapter_config.json").is_file() else ""
-        raise ConfigurationError(f"model.name = '{spec.name}': '{folder}' has no config.json.{hint}")
+        raise ConfigurationError(f"{spec.named}: '{folder}' has no config.json.{hint}")
     with _one_line_errors(spec, "its config.json cannot be used"):
         return AutoConfig.from_pretrained(location, revision=spec.revision, trust_remote_code=spec.trust_remote_code)
 
@@ -278,13 +307,13 @@ def _check_compatible(spec: ModelSpec, config: PreTrainedConfig, tokenizer: PreT
     if spec.task == "causal-lm" and type(config) in MODEL_FOR_MASKED_LM_MAPPING and not config.is_encoder_decoder:
         if getattr(config, "is_decoder", None) is False:
             raise ConfigurationError(
-                f"model.name = '{spec.name}': a {config.model_type} model sees the words it would have to predict. "
+                f"{spec.named}: a {config.model_type} model sees the words it would have to predict. "
                 "causal-lm needs a decoder, such as Llama, Qwen or GPT-2."
             )
     embeddings = getattr(config.get_text_config(), "vocab_size", None)
     if tokenizer is not None and embeddings is not None and len(tokenizer) > embeddings:
         raise ConfigurationError(
-            f"model.name = '{spec.name}': {len(tokenizer)} tokens in the tokenizer, but {embeddings} embeddings."
+            f"{spec.named}: {len(tokenizer)} tokens in the tokenizer, but {embeddings} embeddings."
         )
 
 
@@ -305,8 +334,8 @@ def _check_loaded(spec: ModelSpec, model: PreTrainedModel, loading: Mapping[str,
         return None
     if spec.quantization is not None:
         raise ConfigurationError(
-            f"model.name = '{spec.name}': the checkpoint has no pooler, and a new one cannot be trained once it is "
-            "quantised. Take a checkpoint that has one, or leave out model.quantization."
+            f"{spec.named}: the checkpoint has no pooler, and a new one cannot be trained once it is "
+            f"quantised. Take a checkpoint that has one, or leave out {spec.section}.quantization."
         )
     return pooler[0][: pooler[0].index(".pooler.")] + ".pooler"
 
@@ -324,7 +353,7 @@ def _check_whole(spec: ModelSpec, new: Mapping[str, str]) -> None:
         named = sorted(f"{name} ({what})" for name, what in new.items())
         more = f" and {len(named) - SHOWN} more" if len(named) > SHOWN else ""
         raise ConfigurationError(
-            f"model.name = '{spec.name}': the checkpoint is not whole, or not of this architecture. Without "
+            f"{spec.named}: the checkpoint is not whole, or not of this architecture. Without "
             f"pretrained values: {', '.join(named[:SHOWN])}{more}."
         )
 
@@ -347,7 +376,8 @@ def _quantization(
 
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigurationError(
-            "model.quantization: bitsandbytes is not installed: pip install hf-transfer-learning[quantization]"
+            f"{spec.section}.quantization: bitsandbytes is not installed: "
+            "pip install hf-transfer-learning[quantization]"
         )
     if isinstance(spec.quantization, dict):
         options = dict(spec.quantization)
@@ -359,9 +389,11 @@ def _quantization(
     valid = [name for name in inspect.signature(BitsAndBytesConfig).parameters if name != "kwargs"]
     for name in options:
         if name not in valid:
-            raise ConfigurationError(f"model.quantization: BitsAndBytesConfig has no '{name}'. {nearest(name, valid)}")
+            raise ConfigurationError(
+                f"{spec.section}.quantization: BitsAndBytesConfig has no '{name}'. {nearest(name, valid)}"
+            )
     if not (options.get("load_in_8bit") or options.get("load_in_4bit")):
-        raise ConfigurationError("model.quantization: expected load_in_8bit: true or load_in_4bit: true.")
+        raise ConfigurationError(f"{spec.section}.quantization: expected load_in_8bit: true or load_in_4bit: true.")
     if find_task(spec.task).new_head:
         with torch.device("meta"):
             heads = head_names(make(config))

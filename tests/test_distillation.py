@@ -542,7 +542,7 @@ RECIPES_REFUSED = {
         {"model": {"name": "any", "layers": 2}, "adapter": {"method": "lora"}},
         "model.layers = 2 changes the base",
     ),
-    "no teacher": ({"teacher": {"name": "nowhere/at-all"}}, "model.name = 'nowhere/at-all'"),
+    "no teacher": ({"teacher": {"name": "nowhere/at-all"}}, "teacher.name = 'nowhere/at-all'"),
 }
 
 

@@ -229,3 +229,7 @@ def test_what_cannot_teach_is_refused():
     student = tiny_bert()
     with pytest.raises(ConfigurationError, match=r"asking: the student's 'bert\.emb.*' is the teacher's"):
         Teacher.of(student).serve(Asking(), student)
+    sharded = tiny_bert()
+    next(sharded.parameters()).ds_id = 0  # DeepSpeed's mark
+    with pytest.raises(ConfigurationError, match="ZeRO-3 cut its weights into shards"):
+        Teacher.of(sharded)

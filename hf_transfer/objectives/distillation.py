@@ -160,6 +160,7 @@ class Distillation(TeacherPredictions):
         self.vocabulary = vocabulary
         self._order: list[int] | None = None
         self._teacher_head: LinearHead | None = None
+        self._teacher_tail: tuple[Tensor, Tensor | None] | None = None  # its weights, on the student's device
 
     def prepare(self, model: nn.Module) -> None:
         student, teacher = transformer_in(model), self.teacher.core
@@ -205,12 +206,16 @@ class Distillation(TeacherPredictions):
 
     def linear_terms(self, batch: Mapping[str, Any], progress: float) -> dict[str, Any]:
         assert self._teacher_head is not None
-        head, device = self._teacher_head, batch["labels"].device
-        with head.skipped():
+        with self._teacher_head.skipped():
             hidden = self._rows(batch, self.teacher(batch).logits)
-        bias = None if head.bias is None else head.bias[: self.vocabulary].to(device)
+        if self._teacher_tail is None or self._teacher_tail[0].device != hidden.device:
+            bias = self._teacher_head.bias
+            self._teacher_tail = (
+                self._teacher_head.weight[: self.vocabulary].to(hidden.device),
+                None if bias is None else bias[: self.vocabulary].to(hidden.device),
+            )
         return {
-            "teacher": TeacherHead(hidden, head.weight[: self.vocabulary].to(device), bias),
+            "teacher": TeacherHead(hidden, *self._teacher_tail),
             "teacher_weight": self.weight_at(progress),
             "temperature": self.temperature,
             "kind": self.divergence,

@@ -35,7 +35,7 @@ class Teacher:
         model: A transformers model, bare or inside a PEFT model. Its parameters stop requiring gradients.
 
     Raises:
-        ConfigurationError: ``model`` is no transformers model and wraps none.
+        ConfigurationError: ``model`` is no transformers model and wraps none, or DeepSpeed ZeRO-3 has sharded it.
 
     Example:
         >>> teacher = Teacher.of(model)
@@ -53,6 +53,11 @@ class Teacher:
         core = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
         if core is None:
             raise ConfigurationError(f"teacher: expected a transformers model, found {type(model).__name__}.")
+        if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+            raise ConfigurationError(
+                "teacher: DeepSpeed ZeRO-3 cut its weights into shards as it was loaded, and nothing puts them "
+                "together again. Load it before the training arguments, take stage 2, or run it once: TeacherStore."
+            )
         self.model = model.eval().requires_grad_(False)
         self.core: Any = core
         named = inspect.signature(core.forward).parameters

@@ -17,7 +17,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from hf_transfer.errors import ConfigurationError
 from hf_transfer.functional import Divergence
 from hf_transfer.losses import problem_type, shifts_labels, transformer_in
-from hf_transfer.models import ModelSpec, load_tokenizer, load_trained
+from hf_transfer.models import TeacherSpec, load_tokenizer, load_trained
 from hf_transfer.objectives.base import Objective
 from hf_transfer.objectives.distillation import ON_POLICY, Distillation, TeacherPredictions
 from hf_transfer.objectives.stored import StoredDistillation
@@ -101,7 +101,7 @@ class DistillationTrainer(TransferTrainer):
             raise ConfigurationError("A teacher is compared with one student: pass 'model', not 'model_init'.")
         loaded: Any = None
         if isinstance(teacher, (str, Path)):
-            spec = ModelSpec(str(teacher))
+            spec = TeacherSpec(str(teacher))
             teacher = load_trained(spec)
             loaded = teacher
             if teacher_tokenizer is None and isinstance(options.get("processing_class"), PreTrainedTokenizerBase):
