@@ -17,6 +17,7 @@ from transformers.utils import ModelOutput
 from hf_transfer.activations import Activations
 from hf_transfer.depth import block_names, embedding_names
 from hf_transfer.errors import ConfigurationError
+from hf_transfer.pooling import pool, real_tokens
 
 Batch = Mapping[str, Tensor]
 
@@ -36,7 +37,7 @@ class Tap:
     def pack(self, hidden: Tensor, real: Tensor) -> Activations:
         """The rows of ``hidden``, (B, T, D) or (B, D), that are kept; ``real`` (B, T) is True at real tokens."""
         if self.positions == "mean":
-            hidden = hidden.float().masked_fill(~real.unsqueeze(-1), 0).sum(1) / real.sum(1, keepdim=True)
+            hidden = pool(hidden.float(), real, "mean")
         return Activations.pack(hidden if hidden.dim() == 3 else hidden.unsqueeze(1), self.select(real))
 
     def select(self, real: Tensor) -> Tensor:
@@ -92,18 +93,8 @@ class CutModel:
             crossing.update(self.outputs(batch))
         return [tap.pack(crossing[tap.source], self._real_tokens_of(batch, crossing[tap.source])) for tap in taps]
 
-    def real_tokens(self, batch: Batch, width: int) -> Tensor:
-        """(B, T), True where a hidden state is a real token's; without a mask, all ``width`` of an example are."""
-        mask = batch.get("attention_mask")
-        if mask is None:
-            return torch.ones(len(next(iter(batch.values()))), width, dtype=torch.bool, device=self.core.device)
-        if hasattr(self.base, "_get_feat_extract_output_lengths"):  # audio: many samples, one hidden state
-            frames = int(self.base._get_feat_extract_output_lengths(mask.shape[1]))
-            mask = self.base._get_feature_vector_attention_mask(frames, mask)
-        return mask.bool()
-
     def _real_tokens_of(self, batch: Batch, hidden: Tensor) -> Tensor:
-        real = self.real_tokens(batch, width=hidden.shape[1])
+        real = real_tokens(self.core, batch, width=hidden.shape[1])
         if hidden.shape[:2] != real.shape and hidden.dim() != 2 or len(hidden) != len(real):
             raise ConfigurationError(
                 f"{type(self.core).__name__}: hidden states of shape {tuple(hidden.shape)} where the batch has "
@@ -198,7 +189,7 @@ class Replay:
     @contextmanager
     def feed(self, boundary: Activations, examples: Tensor, batch: Batch) -> Iterator[None]:
         """Forward passes of ``batch``, which is the rows ``examples`` (B,) of ``boundary``, start at the cut."""
-        real = self._model.real_tokens(batch, width=int(boundary.lengths[examples].max()))
+        real = real_tokens(self._model.core, batch, width=int(boundary.lengths[examples].max()))
         hidden = boundary.padded(examples, self._tap.select(real).cpu())
         if self._tap.positions == "vector":
             hidden = hidden.squeeze(1)
@@ -246,7 +237,7 @@ class Replay:
     def _try_out(self, probe: Batch) -> None:
         """Replay ``probe`` at every cut between blocks and compare with an ordinary pass."""
         expected = self._model.outputs(probe)[0]
-        real = self._model.real_tokens(probe, width=expected.shape[1])
+        real = real_tokens(self._model.core, probe, width=expected.shape[1])
         tolerance = torch.finfo(expected.dtype).eps ** 0.5
         depths = list(self.taps)
         for depth, boundary in zip(depths, self._model.run(probe, list(self.taps.values())), strict=True):

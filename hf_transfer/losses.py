@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_transfer.errors import ConfigurationError
+from hf_transfer.tasks import IGNORED
 
 LossKind = Literal[
     "classification", "token classification", "causal language model", "masked language model", "encoder-decoder"
@@ -77,3 +79,24 @@ def problem_type(config: PreTrainedConfig) -> str | None:
     if config.problem_type is not None or config.num_labels != 1:
         return config.problem_type
     return "regression"
+
+
+def labelled_loss(
+    outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None, *, problem: str
+) -> Tensor:
+    """The loss of a number or of several labels per example, over those that are labelled; a ``compute_loss_func``.
+
+    It is transformers' own where none is missing; that one would read -100 as a number to predict.
+
+    Args:
+        outputs: With ``logits`` (B, C).
+        labels: (B,) or (B, C), -100 where there is none.
+        num_items_in_batch: Labels of the whole step.
+        problem: "regression" or "multi_label_classification".
+    """
+    known = labels != IGNORED
+    answers, wanted = outputs.logits.view_as(labels)[known], labels[known].to(outputs.logits.dtype)
+    compare = functional.mse_loss if problem == "regression" else functional.binary_cross_entropy_with_logits
+    return compare(answers, wanted, reduction="sum") / (
+        max(1, len(wanted)) if num_items_in_batch is None else num_items_in_batch
+    )

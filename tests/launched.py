@@ -10,12 +10,23 @@ from itertools import product
 from pathlib import Path
 
 import torch
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
 
+from hf_transfer.data.domains import DomainPairs
 from hf_transfer.data.teacher_tokens import TeacherCollator
-from hf_transfer.objectives import L2SP, CrossTokenizerDistillation, Distillation
+from hf_transfer.objectives import (
+    CORAL,
+    L2SP,
+    MMD,
+    ConditionalAdversarial,
+    CrossTokenizerDistillation,
+    Distillation,
+    DomainAdversarial,
+    JointMMD,
+)
 from hf_transfer.schedules import GradualUnfreeze, Ramp
 from hf_transfer.training.trainer import TransferTrainer
 from tests.objectives import Critic, SoftTargets, TokenEntropy
@@ -92,6 +103,27 @@ def cross_tokenizer() -> dict:
     }
 
 
+def domain_pairs() -> DomainPairs:
+    source, target = (text_rows(count, seed=seed).remove_columns("domain") for count, seed in ((32, 0), (12, 9)))
+    return DomainPairs(source, target)
+
+
+def adversarial() -> dict:
+    """Two critics of every row, one of which sees the predictions; only source rows have labels."""
+    critics = [DomainAdversarial(weight=0.5, hidden_size=8), ConditionalAdversarial(strength=0.7, hidden_size=8)]
+    return {"model": tiny_bert(), "train_dataset": domain_pairs(), "objectives": critics}
+
+
+def discrepancies() -> dict:
+    """Terms that couple the rows of a batch: the same on any number of ranks, not for any size of micro-batches."""
+    terms = [
+        MMD(estimator="unbiased"),
+        JointMMD(pooling="mean", weight=0.5),
+        CORAL(pooling=["cls", "bert.encoder.layer.0"], weight=Ramp()),
+    ]
+    return {"model": tiny_bert(), "train_dataset": domain_pairs(), "objectives": terms}
+
+
 CASE_FUNCTIONS = (
     everything_on,
     full_fine_tuning,
@@ -99,15 +131,18 @@ CASE_FUNCTIONS = (
     gpt2,
     distilled_language_model,
     cross_tokenizer,
+    adversarial,
+    discrepancies,
 )
 CASES = {case.__name__: case for case in CASE_FUNCTIONS}
+COUPLED = ("discrepancies",)
 
 
 def train(case: str, folder: Path, *, batch: int, accumulate: int, examples: int = 32) -> dict[str, torch.Tensor]:
     """One epoch of ``CASES[case]``; returns gradients by step, losses, final weights and the scaffold's."""
     recorder = Recorder()
     options = CASES[case]()
-    options["train_dataset"] = options["train_dataset"].select(range(examples))
+    options["train_dataset"] = first_of(options["train_dataset"], examples)
     trainer = TransferTrainer(
         args=arguments(
             folder,
@@ -130,6 +165,12 @@ def train(case: str, folder: Path, *, batch: int, accumulate: int, examples: int
     if trainer.scaffold is not None:
         record |= {f"scaffold/{name}": value for name, value in trainer.scaffold.objectives.state_dict().items()}
     return {name: value.detach().clone().contiguous() for name, value in record.items()}
+
+
+def first_of(dataset: Dataset | DomainPairs, examples: int) -> Dataset | DomainPairs:
+    if isinstance(dataset, DomainPairs):
+        return DomainPairs(*(first_of(rows, examples) for rows in dataset.rows.values()))
+    return dataset.select(range(min(examples, len(dataset))))
 
 
 def launch(folder: Path, *, ranks: int, cuts: list[tuple[int, int]]) -> None:

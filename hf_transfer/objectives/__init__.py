@@ -5,6 +5,7 @@ from __future__ import annotations
 from hf_transfer.objectives.base import Objective
 from hf_transfer.objectives.cross_tokenizer import CrossTokenizerDistillation
 from hf_transfer.objectives.distillation import Distillation
+from hf_transfer.objectives.domains import CORAL, MMD, ConditionalAdversarial, DomainAdversarial, JointMMD
 from hf_transfer.objectives.forgetting import L2SP
 from hf_transfer.objectives.inner import AttentionMatching, HiddenStateMatching
 from hf_transfer.objectives.stored import StoredDistillation
@@ -16,12 +17,17 @@ OBJECTIVES: dict[str, type[Objective]] = {
 """What a recipe's ``objectives:`` section can name."""
 
 __all__ = [
+    "CORAL",
     "L2SP",
+    "MMD",
     "OBJECTIVES",
     "AttentionMatching",
+    "ConditionalAdversarial",
     "CrossTokenizerDistillation",
     "Distillation",
+    "DomainAdversarial",
     "HiddenStateMatching",
+    "JointMMD",
     "Objective",
     "StoredDistillation",
     "Teacher",

@@ -55,6 +55,9 @@ class Objective(nn.Module):
     def __init__(self, *, weight: float | Schedule = 1.0) -> None:
         super().__init__()
         self.weight = weight
+        self.measured: dict[str, torch.Tensor] = {}
+        """What the last :meth:`forward` saw beside its value, scalars that are averaged as it is; the logs have them
+        as ``<name>_<key>``."""
 
     def weight_at(self, progress: float) -> float:
         """The term's factor at ``progress``."""

@@ -12,6 +12,7 @@ from torch.nn import functional
 from hf_transfer.errors import ConfigurationError, nearest
 from hf_transfer.objectives.base import Objective
 from hf_transfer.objectives.teacher import Teacher
+from hf_transfer.pooling import real_tokens
 from hf_transfer.schedules import Schedule
 from hf_transfer.schema import Supplied
 from hf_transfer.students import LayerMap, layer_map, tower_sizes
@@ -145,7 +146,7 @@ class _LayerMatching(Objective):
         """(B, T), True where ``states`` are a real token's."""
         shape = (len(states), states.shape[-2])
         if not tower:
-            real = self._student.real_tokens(batch, width=shape[1]).to(states.device)
+            real = real_tokens(self._student.core, batch, width=shape[1]).to(states.device)
             if real.shape != shape:
                 raise ConfigurationError(
                     f"{self.name}: {self._field} of {shape} tokens where the batch's mask has {tuple(real.shape)}."

@@ -19,12 +19,13 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import has_length
 
 from hf_transfer.batches import EXAMPLE_INDEX
+from hf_transfer.data.domains import DOMAIN, DomainCollator, DomainPairs, DomainStream
 from hf_transfer.depth import named_parameters, original_name
 from hf_transfer.errors import ConfigurationError
 from hf_transfer.features import Precision, PrefixCache
 from hf_transfer.linear_head import LinearHead
 from hf_transfer.linear_loss import LinearLoss, linear_distillation_loss
-from hf_transfer.losses import shifts_labels
+from hf_transfer.losses import labelled_loss, problem_type, shifts_labels, transformer_in
 from hf_transfer.objectives.base import Objective
 from hf_transfer.objectives.distillation import TeacherPredictions
 from hf_transfer.schedules import GradualUnfreeze, Schedule, UnfreezeSchedule
@@ -117,8 +118,16 @@ class TransferTrainer(Trainer):
             _prepare_arguments_for_schedule(args)
         super().__init__(model, args, **trainer_arguments)
         self._refuse_contradictions()
+        self._prefix_rows = self.train_dataset
         if self._index_readers:
-            self.train_dataset = self._indexed(self.train_dataset)
+            self.train_dataset, self._prefix_rows = self._indexed(self.train_dataset)
+        if self._pairs is not None and self.compute_loss_func is None:
+            problem = problem_type(transformer_in(self.model).config)
+            if problem in (
+                "regression",
+                "multi_label_classification",
+            ):  # transformers' loss would read -100 as a number
+                self.compute_loss_func = partial(labelled_loss, problem=problem)
         self._loss_shifts_labels = shifts_labels(self.model)
         self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs and self._loss_shifts_labels
         if self._by_depth:
@@ -213,7 +222,7 @@ class TransferTrainer(Trainer):
         if "loss" in logs and self._term_sums:
             steps = max(1, self.state.global_step - self._terms_logged_at)
             for name, total in sorted(self._term_sums.items()):
-                logs[f"{name}_loss"] = self.accelerator.reduce(total, reduction="mean").item() / steps
+                logs[name] = self.accelerator.reduce(total, reduction="mean").item() / steps
             self._term_sums.clear()
             self._terms_logged_at = self.state.global_step
         if "loss" in logs and self._levels is not None and self.unfreeze is not None:
@@ -309,7 +318,7 @@ class TransferTrainer(Trainer):
         with self.args.main_process_first(local=False, desc="caching the frozen prefix"):
             self._prefix = PrefixCache.build(
                 self.model,
-                self.train_dataset,
+                self._prefix_rows,
                 self.data_collator,
                 directory=self.frozen_prefix_cache,
                 cuts=cuts,
@@ -338,12 +347,24 @@ class TransferTrainer(Trainer):
         cache = [] if self.frozen_prefix_cache is None else ["frozen_prefix_cache"]
         return cache + [objective.name for objective in self.objectives if EXAMPLE_INDEX in objective.columns]
 
-    def _indexed(self, dataset: Any) -> Dataset:
+    def _indexed(self, dataset: Any) -> tuple[Any, Dataset]:
+        """``dataset`` with its rows numbered, and these rows as one data set."""
+        if isinstance(dataset, DomainPairs):
+            return dataset.indexed()
         if not isinstance(dataset, Dataset):
             raise ConfigurationError(
                 f"{self._index_readers[0]}: expected a datasets.Dataset to train on, found {type(dataset).__name__}."
             )
-        return dataset.add_column(EXAMPLE_INDEX, list(range(len(dataset))))
+        numbered = dataset.add_column(EXAMPLE_INDEX, list(range(len(dataset))))
+        return numbered, numbered
+
+    @property
+    def _pairs(self) -> DomainPairs | DomainStream | None:
+        """The training data, where they are of several domains."""
+        return self.train_dataset if isinstance(self.train_dataset, (DomainPairs, DomainStream)) else None
+
+    def _get_collator_with_removed_columns(self, data_collator: Any, description: str | None = None) -> Any:
+        return DomainCollator(super()._get_collator_with_removed_columns(data_collator, description))
 
     def _add_objectives(
         self, loss: torch.Tensor, inputs: Mapping[str, Any], outputs: Any, fused: list[LinearLoss]
@@ -352,14 +373,17 @@ class TransferTrainer(Trainer):
         if not fused:
             weight = self._task_weight_of(inputs)
             if weight or not self.task_weight:
-                self._term_sums["task"] += loss.detach()
+                self._term_sums["task_loss"] += loss.detach()
             loss = weight * loss
         model = self.accelerator.unwrap_model(self.model)
         for objective in self.objectives:
             if fused and objective is self._distillation:
                 continue
+            objective.measured = {}
             term = self._shared(objective(model, inputs, outputs, self._progress), objective.averaged_over, inputs)
-            self._term_sums[objective.name] += term.detach()
+            for key, value in {"loss": term, **objective.measured}.items():
+                value = value if key == "loss" else self._shared(value, objective.averaged_over, inputs)
+                self._term_sums[f"{objective.name}_{key}"] += value.detach()
             loss = loss + objective.weight_at(self._progress) * term
         return loss
 
@@ -429,9 +453,9 @@ class TransferTrainer(Trainer):
         )
         ranks = self.accelerator.num_processes if items is not None and self.args.average_tokens_across_devices else 1
         if task_weight or not self.task_weight:
-            self._term_sums["task"] += ranks * fused.cross_entropy
+            self._term_sums["task_loss"] += ranks * fused.cross_entropy
         if distillation is not None:
-            self._term_sums[distillation.name] += ranks * fused.divergence
+            self._term_sums[f"{distillation.name}_loss"] += ranks * fused.divergence
         return fused
 
     def _count_step(self, batches: list[Mapping[str, Any]], device: torch.device) -> dict[str, torch.Tensor]:
@@ -462,6 +486,7 @@ class TransferTrainer(Trainer):
             raise ConfigurationError("learning_rate_schedule: 'optimizers' brings a scheduler. Give one of them.")
         if self.frozen_prefix_cache is not None:
             self._refuse_cache()
+        self._refuse_domains()
         fsdp = getattr(self.accelerator.state, "fsdp_plugin", None)
         if self.unfreeze is None:
             return
@@ -483,6 +508,22 @@ class TransferTrainer(Trainer):
             )
         if self.is_fsdp_enabled:
             raise ConfigurationError("frozen_prefix_cache: FSDP shards the weights that the cache is named after.")
+
+    def _refuse_domains(self) -> None:
+        """Refuse objectives and data that do not know of the same domains."""
+        pairs = self._pairs
+        for objective in self.objectives:
+            if pairs is not None and EXAMPLE_INDEX in objective.columns:
+                raise ConfigurationError(f"{objective.name}: it knows of one data set's rows, not of domain pairs.")
+            if pairs is not None and getattr(objective, "domains", pairs.domains) != pairs.domains:
+                raise ConfigurationError(
+                    f"{objective.name}: domains = {objective.domains}, but train_dataset has {pairs.domains}."
+                )
+            if pairs is None and DOMAIN in objective.columns and self.train_dataset is not None:
+                if DOMAIN not in (getattr(self.train_dataset, "column_names", None) or [DOMAIN]):
+                    raise ConfigurationError(
+                        f"{objective.name}: train_dataset has one domain. Expected DomainPairs(source, target)."
+                    )
 
 
 class _TransferCallback(TrainerCallback):
