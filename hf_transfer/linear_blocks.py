@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -50,13 +49,13 @@ class Terms:
         return temperature_factor(self.kind, self.temperature)
 
 
-def cross_entropy_block(terms: Terms, logits: Tensor, labels: Tensor, _: None) -> BlockValues:
-    """The cross-entropy alone, of logits (b, V) and labels (b, 1)."""
-    logits.sub_(logits.amax(-1, keepdim=True))
-    at_label = logits.gather(-1, labels)
-    total = logits.clamp_min_(_floor(logits)).exp_().sum(-1, keepdim=True)
-    logits.scatter_add_(-1, labels, -total)
-    return BlockValues(total.log() - at_label, torch.zeros_like(total), terms.task_weight / total)
+def cross_entropy_block(terms: Terms, scratch: Tensor, logits: Tensor, labels: Tensor, _: None) -> BlockValues:
+    """The cross-entropy alone, of logits (b, V) and labels (b, 1); ``scratch`` is room for one block, (1, b, V)."""
+    q, normalizer = _softmax(logits, out=scratch[0, : len(logits)])
+    cross_entropy = normalizer - logits.gather(-1, labels)
+    logits.copy_(q).scatter_add_(-1, labels, torch.full_like(normalizer, -1))
+    unit = torch.full_like(cross_entropy, terms.task_weight)
+    return BlockValues(cross_entropy, torch.zeros_like(cross_entropy), unit)
 
 
 def autograd_block(terms: Terms, logits: Tensor, labels: Tensor, target: Tensor | TopK) -> BlockValues:
@@ -87,9 +86,9 @@ def forward_kl_block(
 ) -> BlockValues:
     """Forward KL and cross-entropy of logits z that come divided by T, as a teacher's do where they are the target.
 
-    One exponential e = exp(z / T) serves the divergence and, as e^T, the cross-entropy where T is 1 or 2. With
-    E = sum e, U = sum e^T, c = teacher_weight * factor / T and the teacher's p, the gradient in z is
-    ``task_weight (e^T / U - [label]) + c (e / E - p)``: in units of ``task_weight / U`` e^T needs no further pass.
+    With q = softmax(z), the teacher's p and c = teacher_weight * factor / T, the gradient in z is
+    ``task_weight (u - [label]) + c (q - p)``, where u = softmax(T z): that is q where T is 1, and ``q^2 / sum q^2``
+    where T is 2, so that one exponential serves both terms.
 
     Args:
         terms: What to sum.
@@ -99,36 +98,36 @@ def forward_kl_block(
         target: Logits (b, V), overwritten; or stored targets of b rows.
     """
     power, pull = terms.temperature, terms.teacher_weight * terms.factor / terms.temperature
-    floor = _floor(logits, products=2 if power == 2 else 1)
-    soft_exp = _exp(logits, floor, out=scratch[0, : len(logits)])
-    soft_total = soft_exp.sum(-1, keepdim=True)
+    q, normalizer = _softmax(logits, out=scratch[0, : len(logits)])
     at_label = logits.gather(-1, labels)
     if isinstance(target, TopK):
-        tail = _tail(soft_exp, target.ids)
-        if tail is not None and bool((tail < 1e4 * logits.shape[-1] * math.exp(floor)).any()):
-            return autograd_block(terms, logits.mul_(power), labels, target)  # in log space: the floor would show
-        soft = _top_k_target(target, logits, soft_total, tail, power if terms.task_weight else None)
+        tail = _tail(q, target.ids)
+        if tail is not None and bool((tail < 1e4 * logits.shape[-1] * torch.finfo(q.dtype).tiny).any()):
+            return autograd_block(terms, logits.mul_(power), labels, target)  # in log space: the rest underflows
+        soft = _top_k_target(target, logits, q, normalizer, tail)
     elif isinstance(target, Samples):
-        soft = _sampled_target(target, logits, soft_total)
+        soft = _sampled_target(target, logits, q, normalizer)
     else:
-        soft = _logits_target(target.to(logits.dtype), logits, soft_total, floor, scratch[1, : len(logits)])
-    if power in (1, 2):
-        torch.pow(soft_exp, power, out=logits)
+        soft = _logits_target(target.to(logits.dtype), logits, q, normalizer, scratch[1, : len(logits)])
+    total, task_normalizer = torch.ones_like(normalizer), normalizer
+    if power == 2:
+        total = torch.pow(q, 2, out=logits).sum(-1, keepdim=True)
+        task_normalizer = total.log() + 2 * normalizer
+    elif power == 1:
+        logits.copy_(q)
     else:
-        logits.mul_(power).clamp_min_(floor).exp_()
-    task_total = logits.sum(-1, keepdim=True)
-    cross_entropy = task_total.log() - power * at_label
+        task, task_normalizer = _softmax(logits.mul_(power), out=torch.empty_like(logits))
+        logits.copy_(task)
+    cross_entropy = task_normalizer - power * at_label
     if not terms.differentiate:
-        return BlockValues(cross_entropy, soft.value, soft_total)
+        return BlockValues(cross_entropy, soft.value, total)
     if terms.task_weight:
-        unit, weight = terms.task_weight / task_total, pull / terms.task_weight * task_total
+        unit = terms.task_weight / total
+        soft.add_to(logits, pull / unit)
+        logits.scatter_add_(-1, labels, -total)
     else:
-        unit, weight = pull / soft_total, soft_total
-        logits.zero_()
-    logits.add_(soft_exp.mul_(soft.share * weight / soft_total))
-    soft.subtract(logits, weight)
-    if terms.task_weight:
-        logits.scatter_add_(-1, labels, -task_total)
+        unit = torch.full_like(total, pull)
+        soft.add_to(logits.zero_(), torch.ones_like(total))
     return BlockValues(cross_entropy, soft.value, unit)
 
 
@@ -137,77 +136,68 @@ class _SoftTarget(NamedTuple):
 
     Args:
         value: The divergence (b, 1).
-        share: What q is multiplied by in the gradient ``share q - p``.
-        subtract: Subtracts ``weight`` times p from a gradient (b, V).
+        add_to: Adds its gradient, times ``weight`` (b, 1), to a gradient (b, V).
     """
 
     value: Tensor
-    share: Tensor | float
-    subtract: Callable[[Tensor, Tensor], Any]
+    add_to: Callable[[Tensor, Tensor], Any]
 
 
 def _logits_target(
-    teacher_logits: Tensor, logits: Tensor, soft_total: Tensor, floor: float, scratch: Tensor
+    teacher_logits: Tensor, logits: Tensor, q: Tensor, normalizer: Tensor, scratch: Tensor
 ) -> _SoftTarget:
-    exp = _exp(teacher_logits, floor, out=scratch)
-    total = exp.sum(-1, keepdim=True)
-    gap = teacher_logits.sub_(logits).mul_(exp).sum(-1, keepdim=True) / total
-    value = gap + (soft_total / total).log()
-    return _SoftTarget(value, 1.0, lambda gradient, weight: gradient.sub_(exp.mul_(weight / total)))
+    p, teacher_normalizer = _softmax(teacher_logits, out=scratch)
+    gap = teacher_logits.sub_(logits).mul_(p).sum(-1, keepdim=True)
+
+    def add_to(gradient: Tensor, weight: Tensor) -> None:
+        gradient.addcmul_(q, weight).addcmul_(p, weight, value=-1)
+
+    return _SoftTarget(gap - teacher_normalizer + normalizer, add_to)
 
 
-def _tail(soft_exp: Tensor, ids: Tensor) -> Tensor | None:
-    """What is left of the sum of ``soft_exp`` without ``ids``, (b, 1); nothing where they are the whole vocabulary."""
-    if ids.shape[-1] == soft_exp.shape[-1]:
+def _tail(q: Tensor, ids: Tensor) -> Tensor | None:
+    """What q (b, V) has beside ``ids``, (b, 1), summed without cancellation; nothing where they are all tokens."""
+    if ids.shape[-1] == q.shape[-1]:
         return None
-    at_ids = soft_exp.gather(-1, ids)
-    tail = soft_exp.scatter_(-1, ids, 0).sum(-1, keepdim=True)
-    soft_exp.scatter_(-1, ids, at_ids)
+    at_ids = q.gather(-1, ids)
+    tail = q.scatter_(-1, ids, 0).sum(-1, keepdim=True)
+    q.scatter_(-1, ids, at_ids)
     return tail
 
 
-def _top_k_target(
-    target: TopK, logits: Tensor, soft_total: Tensor, tail: Tensor | None, power: float | None
-) -> _SoftTarget:
-    """The tail's pull, ``p_tail q_v / q_tail``, is part of the share of q; the K tokens are then written over, for
-    what the share puts there can be many times larger than what belongs there."""
-    at_ids = logits.gather(-1, target.ids)
-    log_q, log_p = at_ids - soft_total.log(), target.log_probabilities.to(logits.dtype)
+def _top_k_target(target: TopK, logits: Tensor, q: Tensor, normalizer: Tensor, tail: Tensor | None) -> _SoftTarget:
+    """The tail pulls at its tokens by ``p_tail q_v / q_tail``, which is written to the K tokens too and then over, for
+    what it is there can be many times larger than what belongs there."""
+    log_q, log_p = logits.gather(-1, target.ids) - normalizer, target.log_probabilities.to(logits.dtype)
     if tail is not None:
-        log_q = torch.cat([log_q, (tail / soft_total).log()], -1)
+        log_q = torch.cat([log_q, tail.log()], -1)
         log_p = torch.cat([log_p, target.tail_log_probability.unsqueeze(-1).to(logits.dtype)], -1)
     p = log_p.softmax(-1)
-    k = at_ids.shape[-1]
+    k = target.ids.shape[-1]
     difference = log_q[:, :k].exp() - p[:, :k]
-    task_exp = (at_ids * power).exp() if power else 0
-    return _SoftTarget(
-        known_divergence(p, log_q).unsqueeze(-1),
-        1.0 if tail is None else 1 - p[:, k:] * soft_total / tail,
-        lambda gradient, weight: gradient.scatter_(-1, target.ids, task_exp + weight * difference),
-    )
+    share = 1.0 if tail is None else 1 - p[:, k:] / tail
+
+    def add_to(gradient: Tensor, weight: Tensor) -> None:
+        at_ids = gradient.gather(-1, target.ids)
+        gradient.addcmul_(q, share * weight).scatter_(-1, target.ids, at_ids + weight * difference)
+
+    return _SoftTarget(known_divergence(p, log_q).unsqueeze(-1), add_to)
 
 
-def _sampled_target(target: Samples, logits: Tensor, soft_total: Tensor) -> _SoftTarget:
+def _sampled_target(target: Samples, logits: Tensor, q: Tensor, normalizer: Tensor) -> _SoftTarget:
     weights = target.weights.to(logits.dtype)
-    surprise = soft_total.log() - logits.gather(-1, target.ids)
+    total = weights.sum(-1, keepdim=True)
+    surprise = normalizer - logits.gather(-1, target.ids)
     value = (weights * surprise).sum(-1, keepdim=True) - target.entropy.unsqueeze(-1).to(logits.dtype)
-    return _SoftTarget(
-        value,
-        weights.sum(-1, keepdim=True),
-        lambda gradient, weight: gradient.scatter_add_(-1, target.ids, -weight * weights),
-    )
+
+    def add_to(gradient: Tensor, weight: Tensor) -> None:
+        gradient.addcmul_(q, total * weight).scatter_add_(-1, target.ids, -weight * weights)
+
+    return _SoftTarget(value, add_to)
 
 
-def _exp(logits: Tensor, floor: float, out: Tensor) -> Tensor:
-    """exp of the rows of ``logits``, from which their maxima are subtracted in place; of ``floor`` where below it."""
-    logits.sub_(logits.amax(-1, keepdim=True))
-    return torch.clamp(logits, min=floor, out=out).exp_()
-
-
-def _floor(logits: Tensor, *, products: int = 1) -> float:
-    """The exponent at which exponentials stop falling, so that ``products`` of them multiplied are a normal number.
-
-    What lies below (e^-79 in float32, e^-39 for two) is no part of a sum that has a 1 in it; a subnormal number would
-    cost the processor a hundred times a normal one.
-    """
-    return 0.9 / products * math.log(torch.finfo(logits.dtype).tiny)
+def _softmax(logits: Tensor, *, out: Tensor) -> tuple[Tensor, Tensor]:
+    """softmax(z) in ``out``, and log sum exp(z), (b, 1)."""
+    highest = logits.amax(-1, keepdim=True)
+    torch.softmax(logits, -1, out=out)
+    return out, highest - out.amax(-1, keepdim=True).log()

@@ -20,7 +20,8 @@ from hf_transfer.linear_blocks import (
 from hf_transfer.targets import Samples, TopK
 from hf_transfer.tasks import IGNORED
 
-_CACHED = 2**17  # numbers; four blocks of float32 in 2 MiB
+_CACHED = 2**18  # numbers of a block; four blocks of float32 in 4 MiB
+_HELD = {"cpu": 2**24, "other": 2**27}  # logits of a chunk: 64 and 512 MiB of float32
 
 
 class TeacherHead(NamedTuple):
@@ -64,7 +65,7 @@ def linear_distillation_loss(
     kind: Divergence = "forward_kl",
     beta: float = 0.5,
     normalizer: float | Tensor | None = None,
-    chunk_size: int = 128,
+    chunk_size: int | None = None,
 ) -> LinearLoss:
     """Cross-entropy and divergence of ``hidden @ weight.T + bias``, whose N x V logits are never held.
 
@@ -100,8 +101,9 @@ def linear_distillation_loss(
         beta: See :func:`~hf_transfer.functional.divergence`.
         normalizer: What the sums are divided by: by default the number of labels that are not -100 (at least 1);
             ``num_items_in_batch`` where a step has several micro-batches.
-        chunk_size: Rows whose logits are held at once: 128 rows of 128,256 tokens are 63 MiB, twice that with a
-            teacher's head. Larger chunks were no faster on a CPU; a GPU likes 1024 and more.
+        chunk_size: Rows whose logits are held at once; by default as many as make 64 MiB in float32 (a CPU; elsewhere
+            512), for a student and as much for a teacher's head: 128 rows of 128,256 tokens, 512 of 32,000. Matrix
+            products of fewer rows are slower, of more hardly faster.
 
     Raises:
         ConfigurationError: Shapes that do not fit, a token outside the vocabulary, a divergence that cannot be
@@ -125,7 +127,7 @@ def linear_distillation_loss(
         teacher=teacher,
         terms=terms,
         normalizer=max(len(rows), 1) if normalizer is None else normalizer,
-        chunk_size=max(min(chunk_size, len(rows)), 1),
+        chunk_size=max(min(_chunk_size(weight) if chunk_size is None else chunk_size, len(rows)), 1),
         wanted=wanted,
     )
     return LinearLoss(*_LinearLoss.apply(hidden, weight, bias, job))
@@ -207,14 +209,15 @@ def _evaluate(
     """Mean cross-entropy, mean divergence with its factor, and the wanted gradients, all summed in float32."""
     sums = torch.promote_types(head.dtype, torch.float32)
     size, block_size = job.chunk_size, _block_size(hidden.device, len(head.weight))
-    scale, block_loss = 1.0, partial(cross_entropy_block, job.terms)
+    scale = 1.0
     if teacher is not None and (job.terms.kind != "forward_kl" or len(teacher.weight) < len(head.weight)):
         block_loss = partial(autograd_block, job.terms)
-    elif job.teacher is not None:
-        scratch = head.weight.new_empty(
-            1 if teacher is None else 2, min(block_size, size), len(head.weight), dtype=sums
-        )
-        scale, block_loss = 1 / job.terms.temperature, partial(forward_kl_block, job.terms, scratch)
+    else:
+        blocks = 1 if teacher is None else 2
+        scratch = head.weight.new_empty(blocks, min(block_size, size), len(head.weight), dtype=sums)
+        block_loss = partial(cross_entropy_block, job.terms, scratch)
+        if job.teacher is not None:
+            scale, block_loss = 1 / job.terms.temperature, partial(forward_kl_block, job.terms, scratch)
 
     room = head.weight.new_empty(size, len(head.weight))
     teacher_room = room if teacher is None else teacher.weight.new_empty(size, len(teacher.weight))
@@ -240,7 +243,8 @@ def _evaluate(
                 known = known.to(sums)
             block_values = block_loss(wide, labels[block], known)
             chunk_values[:, block] = torch.stack(block_values)
-            logits[block] = wide
+            if wide.dtype != logits.dtype:
+                logits[block] = wide
         unit = chunk_values[2].div_(job.normalizer)
         if grad_hidden is not None:
             grad_hidden[rows] = (logits @ head.weight) * unit
@@ -265,8 +269,14 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.add_(left @ right)
 
 
+def _chunk_size(weight: Tensor) -> int:
+    """Rows, a multiple of 64, whose logits are held at once."""
+    held = _HELD.get(weight.device.type, _HELD["other"])
+    return max(held // len(weight) // 64, 1) * 64
+
+
 def _block_size(device: torch.device, vocabulary: int) -> int:
-    """Rows that the elementwise stages take at once: on a CPU as many as stay in a core's second-level cache."""
+    """Rows that the elementwise stages take at once: on a CPU as many as stay in its caches."""
     if device.type != "cpu":
         return 2**31
     return max(_CACHED * torch.get_num_threads() // vocabulary, 1)
@@ -279,9 +289,9 @@ def _check(
     labels: Tensor,
     teacher: TeacherHead | TopK | Samples | None,
     kind: str,
-    chunk_size: int,
+    chunk_size: int | None,
 ) -> None:
-    if chunk_size < 1:
+    if chunk_size is not None and chunk_size < 1:
         raise ConfigurationError(f"chunk_size is {chunk_size}: expected a number of rows of at least 1.")
     rows, vocabulary = len(labels), len(weight)
     shapes = [
