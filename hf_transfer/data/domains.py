@@ -66,7 +66,8 @@ class DomainPairs(Dataset[DomainPair]):
         _check_columns({name: set(rows[0]) for name, rows in self.rows.items()})
         self.seed = seed
         self._epoch = torch.zeros((), dtype=torch.long).share_memory_()  # for the loader's worker processes
-        self._orders: dict[tuple[int, int, int], np.ndarray] = {}
+        self._orders: dict[tuple[int, int], np.ndarray] = {}
+        self._ordered_for = 0
 
     @property
     def domains(self) -> int:
@@ -83,9 +84,7 @@ class DomainPairs(Dataset[DomainPair]):
         return _pair([rows[place] for rows, place in zip(self.rows.values(), places, strict=True)])
 
     def set_epoch(self, epoch: int) -> None:
-        """Pair anew; the data loader calls it."""
-        if epoch != int(self._epoch):
-            self._orders.clear()
+        """Pair anew; ``TransferTrainer`` calls it, because the Trainer's loader tells its sampler alone."""
         self._epoch.fill_(epoch)
 
     def indexed(self) -> tuple[DomainPairs, datasets.Dataset]:
@@ -111,10 +110,12 @@ class DomainPairs(Dataset[DomainPair]):
         if size == len(self):
             return index
         turn, place = divmod(index, size)
-        key = int(self._epoch), number, turn
-        if key not in self._orders:
-            self._orders[key] = np.random.default_rng([self.seed, *key]).permutation(size)
-        return int(self._orders[key][place])
+        epoch = int(self._epoch)
+        if epoch != self._ordered_for:
+            self._orders, self._ordered_for = {}, epoch
+        if (number, turn) not in self._orders:
+            self._orders[number, turn] = np.random.default_rng([self.seed, epoch, number, turn]).permutation(size)
+        return int(self._orders[number, turn][place])
 
 
 class DomainStream(IterableDataset[DomainPair]):
@@ -189,7 +190,7 @@ class DomainCollator:
     def __call__(self, examples: Sequence[Any]) -> Mapping[str, Any]:
         if not isinstance(examples[0], DomainPair):
             return self.collator(list(examples))
-        rows = [{**_labels_of(pair[0]), **row} for pair in examples for row in pair]
+        rows = [{**_stand_ins(pair[0], row), **row} for pair in examples for row in pair]
         batch = dict(self.collator(rows))
         domains = len(examples[0])
         domain = torch.arange(domains).repeat(len(examples))
@@ -222,8 +223,15 @@ def _pair(rows: list[Row]) -> DomainPair:
     return DomainPair([*sources, {name: value for name, value in target.items() if name not in LABELS}])
 
 
-def _labels_of(row: Row) -> dict[str, Any]:
-    return {name: row[name] for name in LABELS if name in row}
+def _stand_ins(source: Row, row: Row) -> dict[str, Any]:
+    """Labels for a row without: the source's; of tokens, as many as the row has."""
+    labels = {name: source[name] for name in LABELS if name in source}
+    if "input_ids" in source and "input_ids" in row:
+        for name, label in labels.items():
+            values = torch.as_tensor(label)
+            if values.shape == torch.as_tensor(source["input_ids"]).shape and not values.is_floating_point():
+                labels[name] = [IGNORED] * len(row["input_ids"])
+    return labels
 
 
 def _check_columns(columns: Mapping[str, set[str]]) -> None:

@@ -532,6 +532,10 @@ class _TransferCallback(TrainerCallback):
     def __init__(self, trainer: TransferTrainer) -> None:
         self.trainer = trainer
 
+    def on_epoch_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer._pairs is not None:
+            self.trainer._pairs.set_epoch(int(state.epoch + 1e-6))
+
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self.trainer
         trainer._terms_logged_at = state.global_step
