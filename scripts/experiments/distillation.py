@@ -26,7 +26,7 @@ from few_shot import splits_of
 from hf_transfer import Recipe
 
 MODEL = "sentence-transformers/all-MiniLM-L6-v2"
-LABELLED, UNLABELLED, STEPS, LAYERS = 2000, 6000, 500, 3
+LABELLED, UNLABELLED, STEPS, LAYERS = 2000, 6000, 300, 3
 RATES = {"training.learning_rate": [3e-5, 1e-4, 3e-4, 1e-3]}
 
 
