@@ -235,9 +235,10 @@ class TestTraining:
         data, seen = pairs(), []
 
         class Seen(DomainPairs):
-            def __getitem__(self, index):
-                seen.append((index, super().__getitem__(index)[1]["input_ids"]))
-                return super().__getitem__(index)
+            def __getitems__(self, indices):
+                found = super().__getitems__(indices)
+                seen.extend((index, pair[1]["input_ids"]) for index, pair in zip(indices, found, strict=True))
+                return found
 
         data.__class__ = Seen
         run(tmp_path, data=data, changes={"num_train_epochs": 3})

@@ -78,10 +78,19 @@ class DomainPairs(Dataset[DomainPair]):
         return max(map(len, self.rows.values()))
 
     def __getitem__(self, index: int) -> DomainPair:
-        if not 0 <= index < len(self):
-            raise IndexError(f"pair {index} of {len(self)}")
-        places = (self._place(number, len(rows), index) for number, rows in enumerate(self.rows.values()))
-        return _pair([rows[place] for rows, place in zip(self.rows.values(), places, strict=True)])
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[DomainPair]:
+        """Many at once, as data loaders ask: a ``datasets.Dataset`` reads them together."""
+        beyond = [index for index in indices if not 0 <= index < len(self)]
+        if beyond:
+            raise IndexError(f"pair {beyond[0]} of {len(self)}")
+        columns = []
+        for number, rows in enumerate(self.rows.values()):
+            places = [self._place(number, len(rows), index) for index in indices]
+            together = getattr(rows, "__getitems__", None)
+            columns.append(together(places) if together else [rows[place] for place in places])
+        return [_pair(list(rows)) for rows in zip(*columns, strict=True)]
 
     def set_epoch(self, epoch: int) -> None:
         """Pair anew; ``TransferTrainer`` calls it, because the Trainer's loader tells its sampler alone."""
@@ -226,10 +235,9 @@ def _pair(rows: list[Row]) -> DomainPair:
 def _stand_ins(source: Row, row: Row) -> dict[str, Any]:
     """Labels for a row without: the source's; of tokens, as many as the row has."""
     labels = {name: source[name] for name in LABELS if name in source}
-    if "input_ids" in source and "input_ids" in row:
-        for name, label in labels.items():
-            values = torch.as_tensor(label)
-            if values.shape == torch.as_tensor(source["input_ids"]).shape and not values.is_floating_point():
+    for name, label in labels.items():
+        if hasattr(label, "__len__") and "input_ids" in source and len(label) == len(source["input_ids"]):
+            if not torch.as_tensor(label).is_floating_point():
                 labels[name] = [IGNORED] * len(row["input_ids"])
     return labels
 
