@@ -235,9 +235,9 @@ def _pair(rows: list[Row]) -> DomainPair:
 def _stand_ins(source: Row, row: Row) -> dict[str, Any]:
     """Labels for a row without: the source's; of tokens, as many as the row has."""
     labels = {name: source[name] for name in LABELS if name in source}
-    for name, label in labels.items():
-        if hasattr(label, "__len__") and "input_ids" in source and len(label) == len(source["input_ids"]):
-            if not torch.as_tensor(label).is_floating_point():
+    if "input_ids" in source:
+        for name, values in [(name, torch.as_tensor(label)) for name, label in labels.items()]:
+            if values.shape == (len(source["input_ids"]),) and not values.is_floating_point():
                 labels[name] = [IGNORED] * len(row["input_ids"])
     return labels
 
