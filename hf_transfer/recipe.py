@@ -42,6 +42,8 @@ RECIPES: dict[str, str] = {
     "gradual_unfreeze": "hf_transfer.recipe:GradualUnfreezeRecipe",
     "lora": "hf_transfer.recipe:LoraRecipe",
     "distillation": "hf_transfer.distill:DistillationRecipe",
+    "domain_adversarial": "hf_transfer.adapt:DomainAdversarialRecipe",
+    "domain_alignment": "hf_transfer.adapt:DomainAlignmentRecipe",
     "compare": "hf_transfer.compare:CompareRecipe",
 }
 """What ``recipe:`` can name, and where the class is."""

@@ -8,7 +8,15 @@ GROUND = set("errors functional schedules depth heads activations cuts data task
 GROUND |= {"report", "environment", "losses", "linear_head", "linear_loss", "linear_blocks", "targets", "vocabularies"}
 GROUND |= {"students", "batches", "teacher_rows", "teacher_pass", "teacher_store"}
 GROUND |= {"adversarial", "discrepancy", "pooling", "ranks", "scores"}
-LAYERS = [GROUND, {"features", "objectives"}, {"training"}, {"recipe"}, {"compare", "distill"}, {"cli"}, {"__main__"}]
+LAYERS = [
+    GROUND,
+    {"features", "objectives"},
+    {"training"},
+    {"recipe"},
+    {"adapt", "compare", "distill"},
+    {"cli"},
+    {"__main__"},
+]
 
 
 def layer(part: str) -> int:

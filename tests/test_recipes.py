@@ -23,12 +23,6 @@ def tiny(values: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The recipe on a tiny model and on local files that have the columns it names."""
     is_language_model = values["model"].get("task") == "causal-lm"
     model = write_decoder(folder / "model") if is_language_model else write_encoder(folder / "model")
-    columns = {"text": "text", "label": "label", **values["data"].get("columns", {})}
-    sizes = {"train": values["data"].get("train_size", 16), "validation": 8, "test": 8}
-    files = {}
-    for place, (split, size) in enumerate(sizes.items()):
-        rows = [{columns[role]: row[role] for role in row} for row in sentiment_rows(size, start=10_000 * place)]
-        files[split] = str(write_rows(folder / f"{split}.jsonl", rows))
     taught = {}
     if "teacher" in values:
         write_teacher = write_decoder if is_language_model else write_classifier
@@ -36,16 +30,32 @@ def tiny(values: dict[str, Any], folder: Path) -> dict[str, Any]:
     if "store" in values:
         taught["store"] = {"directory": str(folder / "store")}
     layers = {"layers": 2} if "layers" in values["model"] else {}
-    lengths = {name: 32 for name in ("max_length", "block_size") if name in values["data"]}
+    data = tiny_data(values["data"], folder) if "path" in values["data"] else {}
+    for domain in ("source", "target"):
+        if domain in values["data"]:
+            data[domain] = tiny_data(values["data"][domain], folder / domain)
     return merge(
         values,
         {
             **taught,
             "model": {"name": str(model), **layers},
-            "data": {"path": "json", "name": None, "data_files": files, **lengths},
+            "data": data,
             "training": {"output_dir": str(folder / "run"), "use_cpu": True},
         },
     )
+
+
+def tiny_data(values: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A section of data that reads local files."""
+    folder.mkdir(exist_ok=True)
+    columns = {"text": "text", "label": "label", **values.get("columns", {})}
+    sizes = {"train": values.get("train_size", 16), "validation": 8, "test": 8}
+    files = {}
+    for place, (split, size) in enumerate(sizes.items()):
+        rows = [{columns[role]: row[role] for role in row} for row in sentiment_rows(size, start=10_000 * place)]
+        files[split] = str(write_rows(folder / f"{split}.jsonl", rows))
+    lengths = {name: 32 for name in ("max_length", "block_size") if name in values}
+    return {"path": "json", "name": None, "data_files": files, **lengths}
 
 
 def test_there_is_one_for_every_kind_of_recipe() -> None:

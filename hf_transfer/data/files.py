@@ -58,6 +58,14 @@ def read_dataset(
     try:
         return datasets.load_dataset(path, data_dir=data_dir, data_files=data_files, **options)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        if (
+            isinstance(error.__cause__, datasets.table.CastError)
+            and isinstance(data_files, dict)
+            and len(data_files) > 1
+        ):
+            alone = {"base_dir": base_dir, "data_dir": data_dir, **options}  # one split has columns that others lack
+            parts = (read_dataset(path, data_files={split: some}, **alone) for split, some in data_files.items())
+            return datasets.DatasetDict({split: rows for part in parts for split, rows in part.items()})
         raise ConfigurationError(f"data: '{path}' cannot be loaded: {error.__cause__ or error}") from error
 
 

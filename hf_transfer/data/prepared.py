@@ -45,7 +45,8 @@ class PreparedData:
     """Tokenised splits and all a model and a Trainer must know of them.
 
     Args:
-        train: Model inputs and ``labels``, nothing else; texts without a label come last, labelled -100.
+        train: A ``Dataset`` of model inputs and ``labels``, nothing else; texts without a label come last, labelled
+            -100. Of two domains, ``DomainPairs`` of such.
         validation: The same, or ``None`` where nothing was held out.
         test: The same, or ``None`` where there is no test split.
         label_names: In the order of their ids; empty for regression and language modelling.
@@ -57,7 +58,7 @@ class PreparedData:
         pairs: Whether an example is two texts.
     """
 
-    train: Dataset
+    train: Any
     validation: Dataset | None
     test: Dataset | None
     label_names: list[str]

@@ -106,15 +106,7 @@ class TextData:
         find_task(task)
         if self.unlabelled is not None and task != "sequence-classification":
             raise ConfigurationError(f"data.unlabelled: {task} does not read it, only sequence-classification does.")
-        raw = read_dataset(
-            self.path,
-            base_dir=Path(base_dir).expanduser(),
-            data_dir=self.data_dir,
-            data_files=self.data_files,
-            name=self.name,
-            revision=self.revision,
-            **({"sample_by": self.sample_by} if self.path == "text" else {}),
-        )
+        raw = self._read(base_dir)
         splits = {
             split: self._with_roles(raw[name], name, roles_of(split, task), task)
             for split, name in self._split_names(raw).items()
@@ -122,6 +114,30 @@ class TextData:
         if "validation" not in splits and self.validation != 0:
             splits["train"], splits["validation"] = self._hold_out(splits["train"])
         return DatasetDict({split: splits[split] for split in SPLITS if split in splits})
+
+    def load_unlabelled(self, *, task: str, base_dir: str | Path = ".") -> DatasetDict:
+        """Read ``train`` without its labels, as the split ``unlabelled``, and ``test`` where that has labels.
+
+        Args:
+            task: See :meth:`load`.
+            base_dir: See :meth:`load`.
+
+        Raises:
+            ConfigurationError: See :meth:`load`.
+        """
+        from datasets import DatasetDict
+
+        find_task(task)
+        raw = self._read(base_dir)
+        names = self._split_names(raw)
+        splits = {
+            "unlabelled": self._with_roles(raw[names["train"]], names["train"], roles_of("unlabelled", task), task)
+        }
+        needed = [(self.columns or {}).get(role, role) for role in roles_of("test", task) if role not in OPTIONAL]
+        test = names.get("test")
+        if test is not None and (self.test is not None or set(needed) <= set(raw[test].column_names)):
+            splits["test"] = self._with_roles(raw[test], test, roles_of("test", task), task)
+        return DatasetDict(splits)
 
     def prepare(self, raw: Mapping[str, Dataset], tokenizer: PreTrainedTokenizerBase, *, task: str) -> PreparedData:
         """Check, draw and tokenise what `load` gave, or any splits whose columns are named by role.
@@ -145,8 +161,9 @@ class TextData:
             notes.append("note: the labels of test are withheld, so it is left out")
         labelled = {split: rows for split, rows in splits.items() if split != "unlabelled"}
         labels = self._read_labels(labelled, task)
-        if "unlabelled" in splits and (labels is None or labels.problem_type != "single_label_classification"):
-            raise ConfigurationError("data.unlabelled: expected texts with one label each, of several classes.")
+        if "unlabelled" in splits and task != "causal-lm":
+            if labels is None or labels.problem_type != "single_label_classification":
+                raise ConfigurationError("data: unlabelled texts need labelled ones with one class each beside them.")
         splits["train"] = self._draw(splits["train"])
         if labels and labels.problem_type:
             notes += unseen_labels(labelled | {"train": splits["train"]}, labels)
@@ -179,6 +196,17 @@ class TextData:
             summaries=summaries,
             notes=notes,
             pairs="text_pair" in splits["train"].column_names,
+        )
+
+    def _read(self, base_dir: str | Path) -> DatasetDict:
+        return read_dataset(
+            self.path,
+            base_dir=Path(base_dir).expanduser(),
+            data_dir=self.data_dir,
+            data_files=self.data_files,
+            name=self.name,
+            revision=self.revision,
+            **({"sample_by": self.sample_by} if self.path == "text" else {}),
         )
 
     def _split_names(self, raw: DatasetDict) -> dict[str, str]:

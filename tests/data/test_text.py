@@ -237,7 +237,7 @@ class TestUnlabelled:
 
     def test_a_loss_that_would_read_the_missing_labels_is_refused(self, tokenizer):
         raw = splits_of(rows_of([0.5, 1.5]), unlabelled=[{"text": "a film"}])
-        with pytest.raises(ConfigurationError, match="expected texts with one label each"):
+        with pytest.raises(ConfigurationError, match="unlabelled texts need labelled ones with one class each"):
             prepare(raw, tokenizer, unlabelled="unlabelled")
         with pytest.raises(ConfigurationError, match="causal-lm does not read it"):
             TextData(path="json", unlabelled="more").load(task=LANGUAGE)
@@ -533,3 +533,17 @@ class TestLanguage:
         (tmp_path / "corpus.txt").write_text("the film was good")
         with pytest.raises(ConfigurationError, match="0.1: that share of 1 examples is nothing or all.*sample_by"):
             TextData(path="text", data_files="corpus.txt").load(task=LANGUAGE, base_dir=tmp_path)
+
+
+def test_splits_with_other_columns_are_read_one_by_one(tmp_path):
+    """A test split with labels beside a training split without them."""
+    for name, row in (("train", {"text": "a"}), ("test", {"text": "b", "label": "yes"})):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    files = {name: f"{name}.jsonl" for name in ("train", "test")}
+    found = TextData(path="json", data_files=files).load_unlabelled(task="sequence-classification", base_dir=tmp_path)
+    assert {split: rows[:] for split, rows in found.items()} == {
+        "unlabelled": {"text": ["a"]},
+        "test": {"text": ["b"], "label": ["yes"]},
+    }
+    with pytest.raises(ConfigurationError, match="'train' has no column 'label'"):
+        TextData(path="json", data_files=files).load(task="sequence-classification", base_dir=tmp_path)

@@ -1,0 +1,113 @@
+"""The recipes of domain adaptation: labelled texts of one domain, unlabelled ones of another."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from hf_transfer.data.domain_texts import DomainTextData
+from hf_transfer.discrepancy import MULTIPLES
+from hf_transfer.recipe import FineTuneRecipe
+from hf_transfer.schedules import Ramp, Schedule
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, TrainingArguments
+
+    from hf_transfer.training.trainer import TransferTrainer
+
+RAMP = Ramp()
+
+
+@dataclass(kw_only=True)
+class DomainAdversarialRecipe(FineTuneRecipe):
+    """Features that a critic cannot tell the domains by (DANN; with ``conditional``, CDAN), and that the task is
+    learned from on the source. All options of ``fine_tune`` combine with it.
+
+    Args:
+        data: Source and target texts. A batch size counts pairs of one of each.
+        conditional: Let the critic see the class predictions too.
+        weight: Factor of the critic's term.
+        strength: Of the gradient's reversal: a number, or a function of progress; by default the paper's ramp.
+        pooling: What of an example the critic reads: head (what the last layer reads), cls, mean, last, or the name of
+            a module.
+        hidden_size: Width of the critic's two layers.
+        dropout: Between them.
+        spectral_norm: Bound the critic's slope.
+        critic_learning_rate: By default the run's.
+    """
+
+    name: ClassVar[str] = "domain_adversarial"
+
+    data: DomainTextData  # type: ignore[assignment]
+    conditional: bool = False
+    weight: float | Schedule = 1.0
+    strength: float | Schedule = RAMP
+    pooling: str = "head"
+    hidden_size: int = 256
+    dropout: float = 0.0
+    spectral_norm: bool = False
+    critic_learning_rate: float | None = None
+
+    def _trainer(self, model: PreTrainedModel, arguments: TrainingArguments, **options: Any) -> TransferTrainer:
+        from hf_transfer.training.domains import DomainAdversarialTrainer
+
+        return DomainAdversarialTrainer(
+            self._adapted(model, arguments),
+            arguments,
+            conditional=self.conditional,
+            weight=self.weight,
+            strength=self.strength,
+            pooling=self.pooling,
+            hidden_size=self.hidden_size,
+            dropout=self.dropout,
+            spectral_norm=self.spectral_norm,
+            critic_learning_rate=self.critic_learning_rate,
+            task_weight=self.task_weight,
+            fused_loss=self.fused_loss,
+            **self._trainer_options(),
+            **options,
+        )
+
+
+@dataclass(kw_only=True)
+class DomainAlignmentRecipe(FineTuneRecipe):
+    """``L_task + weight * discrepancy``: source and target features are drawn together in distribution (DAN, JAN, Deep
+    CORAL). All options of ``fine_tune`` combine with it.
+
+    Args:
+        data: Source and target texts. A batch size counts pairs of one of each; the discrepancy is that of a batch.
+        discrepancy: mmd; joint_mmd, of features and predictions; or coral.
+        weight: lambda: a number, or a function of progress.
+        pooling: What of an example is compared; see ``domain_adversarial``. Several places add up.
+        estimator: Of mmd: biased, unbiased, or for large batches linear or random_features.
+        bandwidth: Of the kernels: a number, mean or median (of the squared distances in each batch).
+        multiples: Of the bandwidth, one kernel each.
+    """
+
+    name: ClassVar[str] = "domain_alignment"
+
+    data: DomainTextData  # type: ignore[assignment]
+    discrepancy: Literal["mmd", "joint_mmd", "coral"] = "mmd"
+    weight: float | Schedule = 1.0
+    pooling: str | list[str] = "head"
+    estimator: Literal["biased", "unbiased", "linear", "random_features"] = "biased"
+    bandwidth: float | Literal["mean", "median"] = "mean"
+    multiples: tuple[float, ...] = MULTIPLES
+
+    def _trainer(self, model: PreTrainedModel, arguments: TrainingArguments, **options: Any) -> TransferTrainer:
+        from hf_transfer.training.domains import DomainAlignmentTrainer
+
+        return DomainAlignmentTrainer(
+            self._adapted(model, arguments),
+            arguments,
+            discrepancy=self.discrepancy,
+            weight=self.weight,
+            pooling=self.pooling,
+            estimator=self.estimator,
+            bandwidth=self.bandwidth,
+            multiples=self.multiples,
+            task_weight=self.task_weight,
+            fused_loss=self.fused_loss,
+            **self._trainer_options(),
+            **options,
+        )

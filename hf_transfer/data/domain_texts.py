@@ -1,0 +1,77 @@
+"""The ``data:`` section of a recipe of domain adaptation: labelled texts, and others without labels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hf_transfer.data.domains import DomainPairs
+from hf_transfer.data.prepared import PreparedData
+from hf_transfer.data.text import TextData
+from hf_transfer.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class DomainTextData:
+    """Texts of two domains.
+
+    Args:
+        source: Labelled texts to train on, part of which validates; its lengths are those of both domains.
+        target: Texts of the domain to adapt to. Their labels are not read, except those of a split called test, or
+            named by ``test``, which are for the final score alone.
+    """
+
+    source: TextData
+    target: TextData
+
+    def __post_init__(self) -> None:
+        for name, data in (("source", self.source), ("target", self.target)):
+            if data.unlabelled is not None:
+                raise ConfigurationError(f"data.{name}.unlabelled: what has no labels is data.target.")
+        if self.target.train_size is not None:
+            raise ConfigurationError(
+                "data.target.train_size: it draws evenly over classes, which are not known there."
+            )
+
+    @property
+    def unlabelled(self) -> str | None:
+        """A recipe's question whether it can learn from ``data.unlabelled``: there is none here."""
+        return None
+
+    def load(self, *, task: str, base_dir: str | Path = ".") -> DatasetDict:
+        """``train`` and ``validation`` of the source, ``unlabelled`` and perhaps ``test`` of the target.
+
+        Args:
+            task: See ``TextData.load``.
+            base_dir: See ``TextData.load``.
+
+        Raises:
+            ConfigurationError: See ``TextData.load``.
+        """
+        from datasets import DatasetDict
+
+        source = self.source.load(task=task, base_dir=base_dir)
+        source.pop("test", None)
+        return DatasetDict({**source, **self.target.load_unlabelled(task=task, base_dir=base_dir)})
+
+    def prepare(self, raw: Mapping[str, Dataset], tokenizer: PreTrainedTokenizerBase, *, task: str) -> PreparedData:
+        """What ``TextData.prepare`` makes of it, with ``DomainPairs`` to train on.
+
+        Args:
+            raw: What :meth:`load` gave.
+            tokenizer: See ``TextData.prepare``.
+            task: See ``TextData.prepare``.
+
+        Raises:
+            ConfigurationError: See ``TextData.prepare``; or the target's test has labels that the source has not.
+        """
+        data = self.source.prepare(raw, tokenizer, task=task)
+        labelled = data.summaries["train"].rows
+        source, target = (data.train.select(rows) for rows in (range(labelled), range(labelled, len(data.train))))
+        return replace(data, train=DomainPairs(source, target, seed=self.source.seed))
