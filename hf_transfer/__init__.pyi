@@ -1,4 +1,6 @@
+from .adapt import DomainAdversarialRecipe, DomainAlignmentRecipe
 from .compare import CompareRecipe
+from .data.domains import DomainPairs, DomainStream
 from .data.teacher_tokens import TeacherCollator, add_teacher_tokens
 from .data.text import TextData
 from .depth import block_names, embedding_names, head_names, parameter_depths
@@ -8,11 +10,16 @@ from .features import PrefixCache, extract_features
 from .heads import add_mean_pooling, fit_head
 from .models import ModelSpec, load_model, load_tokenizer, load_trained
 from .objectives import (
+    CORAL,
     L2SP,
+    MMD,
     AttentionMatching,
+    ConditionalAdversarial,
     CrossTokenizerDistillation,
     Distillation,
+    DomainAdversarial,
     HiddenStateMatching,
+    JointMMD,
     Objective,
     StoredDistillation,
 )
@@ -27,20 +34,31 @@ from .schedules import GradualUnfreeze, Ramp, SlantedTriangular, TopLevels
 from .students import layer_map, student_from
 from .teacher_store import TeacherStore
 from .training.distillation import DistillationTrainer
+from .training.domains import DomainAdversarialTrainer, DomainAlignmentTrainer
 from .training.named import FeatureExtractionTrainer, GradualUnfreezeTrainer
 from .training.rates import LearningRateBands
 from .training.trainer import TransferTrainer
 from .vocabularies import shared_vocabulary
 
 __all__ = [
+    "CORAL",
     "L2SP",
+    "MMD",
     "AttentionMatching",
     "CompareRecipe",
+    "ConditionalAdversarial",
     "ConfigurationError",
     "CrossTokenizerDistillation",
     "Distillation",
     "DistillationRecipe",
     "DistillationTrainer",
+    "DomainAdversarial",
+    "DomainAdversarialRecipe",
+    "DomainAdversarialTrainer",
+    "DomainAlignmentRecipe",
+    "DomainAlignmentTrainer",
+    "DomainPairs",
+    "DomainStream",
     "FeatureExtractionRecipe",
     "FeatureExtractionTrainer",
     "FineTuneRecipe",
@@ -48,6 +66,7 @@ __all__ = [
     "GradualUnfreezeRecipe",
     "GradualUnfreezeTrainer",
     "HiddenStateMatching",
+    "JointMMD",
     "LearningRateBands",
     "LoraRecipe",
     "ModelSpec",

@@ -37,6 +37,7 @@ class DomainAdversarialRecipe(FineTuneRecipe):
     """
 
     name: ClassVar[str] = "domain_adversarial"
+    two_domains: ClassVar[bool] = True
 
     data: DomainTextData  # type: ignore[assignment]
     conditional: bool = False
@@ -85,6 +86,7 @@ class DomainAlignmentRecipe(FineTuneRecipe):
     """
 
     name: ClassVar[str] = "domain_alignment"
+    two_domains: ClassVar[bool] = True
 
     data: DomainTextData  # type: ignore[assignment]
     discrepancy: Literal["mmd", "joint_mmd", "coral"] = "mmd"

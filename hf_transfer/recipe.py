@@ -411,6 +411,7 @@ class FineTuneRecipe(TrainingRecipe):
     name: ClassVar[str] = "fine_tune"
     supplies: ClassVar[frozenset[str]] = frozenset()
     """What its objectives can be given beside their options."""
+    two_domains: ClassVar[bool] = False
 
     adapter: Annotated[dict[str, Any], Checked(_adapter_options)] | None = None
     merge_adapter: bool = False
@@ -469,6 +470,7 @@ class FineTuneRecipe(TrainingRecipe):
 
     def _refuse_objectives(self) -> None:
         """Refuse objectives that need what this recipe does not supply."""
+        from hf_transfer.data.domains import DOMAIN
         from hf_transfer.objectives import OBJECTIVES
 
         for name in self.objectives:
@@ -476,6 +478,11 @@ class FineTuneRecipe(TrainingRecipe):
                 raise ConfigurationError(
                     f"objectives.{name}: it needs a {missing.pop()}, which the recipe '{self.name}' has not. "
                     "Take recipe: distillation."
+                )
+            if DOMAIN in OBJECTIVES[name].columns and not self.two_domains:
+                raise ConfigurationError(
+                    f"objectives.{name}: it compares two domains, and the recipe '{self.name}' has one. Take recipe: "
+                    "domain_adversarial or domain_alignment."
                 )
 
     def _trainer(self, model: PreTrainedModel, arguments: TrainingArguments, **options: Any) -> TransferTrainer:

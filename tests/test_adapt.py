@@ -122,6 +122,15 @@ def test_a_mistake_in_the_data_is_named(name, values):
         Recipe.from_values({**values, "data": make(values)})
 
 
+def test_a_second_term_of_two_domains_and_its_refusal_where_there_is_one(values):
+    objectives = {"coral": {"weight": 0.1}, "l2sp": {}}
+    result = Recipe.from_values(changed(values, objectives=objectives)).run()
+    assert "coral_loss" in (result.folder / "log_history.json").read_text()
+    one = {**values, "recipe": "lora", "data": values["data"]["source"], "objectives": objectives}
+    with pytest.raises(ConfigurationError, match=r"objectives.coral: it compares two domains, .* 'lora' has one"):
+        Recipe.from_values(one)
+
+
 def test_domains_without_a_shared_label_space(values, tmp_path):
     strange = [{**row, "label": "maybe"} for row in sentiment_rows(10, start=500)]
     files = {"train": str(tmp_path / "kitchen.jsonl"), "test": str(write_rows(tmp_path / "strange.jsonl", strange))}

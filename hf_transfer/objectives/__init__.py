@@ -12,7 +12,17 @@ from hf_transfer.objectives.stored import StoredDistillation
 from hf_transfer.objectives.teacher import Teacher
 
 OBJECTIVES: dict[str, type[Objective]] = {
-    objective.name: objective for objective in (L2SP, HiddenStateMatching, AttentionMatching)
+    objective.name: objective
+    for objective in (
+        L2SP,
+        HiddenStateMatching,
+        AttentionMatching,
+        DomainAdversarial,
+        ConditionalAdversarial,
+        MMD,
+        JointMMD,
+        CORAL,
+    )
 }
 """What a recipe's ``objectives:`` section can name."""
 
