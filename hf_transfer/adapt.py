@@ -11,20 +11,62 @@ from hf_transfer.recipe import FineTuneRecipe
 from hf_transfer.schedules import Ramp, Schedule
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, TrainingArguments
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
+    from hf_transfer.data.prepared import PreparedData
+    from hf_transfer.tasks import Metrics
     from hf_transfer.training.trainer import TransferTrainer
 
 RAMP = Ramp()
 
 
 @dataclass(kw_only=True)
-class DomainAdversarialRecipe(FineTuneRecipe):
+class DomainRecipe(FineTuneRecipe):
+    """What the methods have in common.
+
+    With ``training.eval_strategy``, evaluations tell what is known of the target without labels, and ``metrics.json``
+    has under ``selection`` what each way of choosing a checkpoint would take: ``source``, by source validation data;
+    ``honest``, by ``criterion``; and where the target has labelled test data, ``oracle``, by those.
+
+    Args:
+        data: Source and target texts. A batch size counts pairs of one of each.
+        criterion: What ``honest`` goes by.
+    """
+
+    two_domains: ClassVar[bool] = True
+
+    data: DomainTextData  # type: ignore[assignment]
+    criterion: Literal[
+        "deep_embedded_risk",
+        "importance_weighted_risk",
+        "target_entropy",
+        "soft_neighborhood_density",
+        "proxy_a_distance",
+    ] = "deep_embedded_risk"
+
+    def _prepare(self, arguments: TrainingArguments) -> tuple[PreTrainedTokenizerBase, PreparedData, Metrics]:
+        tokenizer, data, metrics = super()._prepare(arguments)
+        self._oracle = data.test
+        return tokenizer, data, metrics
+
+    def _findings(self, trainer: TransferTrainer, scored: Metrics) -> dict[str, Any]:
+        from hf_transfer.training.label_free import selections
+
+        history = trainer.state.log_history
+        if not any(f"eval_{self.criterion}" in entry for entry in history):
+            return {}
+        chosen = selections(
+            history, metric=scored.best, greater_is_better=scored.greater_is_better, criterion=self.criterion
+        )
+        return {"selection": chosen}
+
+
+@dataclass(kw_only=True)
+class DomainAdversarialRecipe(DomainRecipe):
     """Features that a critic cannot tell the domains by (DANN; with ``conditional``, CDAN), and that the task is
     learned from on the source. All options of ``fine_tune`` combine with it.
 
     Args:
-        data: Source and target texts. A batch size counts pairs of one of each.
         conditional: Let the critic see the class predictions too.
         weight: Factor of the critic's term.
         strength: Of the gradient's reversal: a number, or a function of progress; by default the paper's ramp.
@@ -37,9 +79,7 @@ class DomainAdversarialRecipe(FineTuneRecipe):
     """
 
     name: ClassVar[str] = "domain_adversarial"
-    two_domains: ClassVar[bool] = True
 
-    data: DomainTextData  # type: ignore[assignment]
     conditional: bool = False
     weight: float | Schedule = 1.0
     strength: float | Schedule = RAMP
@@ -63,6 +103,7 @@ class DomainAdversarialRecipe(FineTuneRecipe):
             dropout=self.dropout,
             spectral_norm=self.spectral_norm,
             critic_learning_rate=self.critic_learning_rate,
+            oracle_dataset=self._oracle,
             task_weight=self.task_weight,
             fused_loss=self.fused_loss,
             **self._trainer_options(),
@@ -71,13 +112,12 @@ class DomainAdversarialRecipe(FineTuneRecipe):
 
 
 @dataclass(kw_only=True)
-class DomainAlignmentRecipe(FineTuneRecipe):
+class DomainAlignmentRecipe(DomainRecipe):
     """``L_task + weight * discrepancy``: source and target features are drawn together in distribution (DAN, JAN, Deep
     CORAL). All options of ``fine_tune`` combine with it.
 
     Args:
-        data: Source and target texts. A batch size counts pairs of one of each; the discrepancy is that of a batch.
-        discrepancy: mmd; joint_mmd, of features and predictions; or coral.
+        discrepancy: That of the batch: mmd; joint_mmd, of features and predictions; or coral.
         weight: lambda: a number, or a function of progress.
         pooling: What of an example is compared; see ``domain_adversarial``. Several places add up.
         estimator: Of mmd: biased, unbiased, or for large batches linear or random_features.
@@ -86,9 +126,7 @@ class DomainAlignmentRecipe(FineTuneRecipe):
     """
 
     name: ClassVar[str] = "domain_alignment"
-    two_domains: ClassVar[bool] = True
 
-    data: DomainTextData  # type: ignore[assignment]
     discrepancy: Literal["mmd", "joint_mmd", "coral"] = "mmd"
     weight: float | Schedule = 1.0
     pooling: str | list[str] = "head"
@@ -108,6 +146,7 @@ class DomainAlignmentRecipe(FineTuneRecipe):
             estimator=self.estimator,
             bandwidth=self.bandwidth,
             multiples=self.multiples,
+            oracle_dataset=self._oracle,
             task_weight=self.task_weight,
             fused_loss=self.fused_loss,
             **self._trainer_options(),

@@ -139,12 +139,10 @@ class PooledFeatures:
         return names[self._pooling]
 
     def _keep_input(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if self._core.training:
-            self._kept = args[0]
+        self._kept = args[0]
 
     def _keep_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self._core.training:
-            self._kept = output
+        self._kept = output
 
     @property
     def _positions(self) -> Positions:

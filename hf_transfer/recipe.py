@@ -283,6 +283,7 @@ class TrainingRecipe(Recipe):
             "metric": {"name": scored.best, "greater_is_better": scored.greater_is_better},
             "trainable_parameters": trainable,
             "seconds": round(seconds, 3),
+            **self._findings(trainer, scored),
         }
         if save:
             self._save(trainer)
@@ -299,6 +300,10 @@ class TrainingRecipe(Recipe):
     @abstractmethod
     def _trainer(self, model: PreTrainedModel, arguments: TrainingArguments, **options: Any) -> TransferTrainer:
         """The method's trainer for the loaded model; ``options`` are data and metrics, as ``Trainer`` takes them."""
+
+    def _findings(self, trainer: TransferTrainer, scored: Metrics) -> dict[str, Any]:
+        """What a method has to say beside the scores."""
+        return {}
 
     def _save(self, trainer: TransferTrainer) -> None:
         trainer.save_model()

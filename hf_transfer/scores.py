@@ -74,7 +74,7 @@ def importance_weighted_risk(losses: Tensor, ratios: Tensor) -> float:
     References:
         Sugiyama et al. 2007, Covariate Shift Adaptation by Importance Weighted Cross Validation.
     """
-    return float((ratios * losses.to(ratios.dtype)).mean())
+    return float((ratios * losses.detach().to(ratios.dtype)).mean())
 
 
 def deep_embedded_risk(losses: Tensor, ratios: Tensor) -> float:
@@ -90,7 +90,7 @@ def deep_embedded_risk(losses: Tensor, ratios: Tensor) -> float:
     References:
         You et al. 2019, Towards Accurate Model Selection in Deep Unsupervised Domain Adaptation, algorithm 1.
     """
-    weighted = ratios * losses.to(ratios.dtype)
+    weighted = ratios * losses.detach().to(ratios.dtype)
     spread = ratios.var()
     if not spread > 0:
         return float(weighted.mean())
@@ -107,7 +107,7 @@ def mean_entropy(logits: Tensor) -> float:
     References:
         Morerio et al. 2018, Minimal-Entropy Correlation Alignment, section 3.3.
     """
-    return float(torch.special.entr(logits.double().softmax(-1)).sum(-1).mean())
+    return float(torch.special.entr(logits.detach().double().softmax(-1)).sum(-1).mean())
 
 
 def soft_neighborhood_density(logits: Tensor, *, temperature: float = 0.05) -> float:
@@ -126,7 +126,7 @@ def soft_neighborhood_density(logits: Tensor, *, temperature: float = 0.05) -> f
     """
     if len(logits) < 2:
         raise ConfigurationError(f"soft_neighborhood_density: {len(logits)} examples, expected at least 2.")
-    directions = torch.nn.functional.normalize(logits.double().softmax(-1), dim=-1)
+    directions = torch.nn.functional.normalize(logits.detach().double().softmax(-1), dim=-1)
     total = 0.0
     for first in range(0, len(directions), 1024):
         similar = directions[first : first + 1024] @ directions.t() / temperature

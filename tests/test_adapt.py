@@ -83,6 +83,19 @@ def test_labels_of_the_target_change_nothing(values, tmp_path):
     assert all(torch.equal(value, other[name]) for name, value in one.items())
 
 
+def test_the_result_shows_source_honest_and_oracle(values, tmp_path):
+    training = {**values["training"], "eval_strategy": "epoch"}
+    result = Recipe.from_values(changed(values, training=training, criterion="target_entropy")).run()
+    selection = json.loads((result.folder / "metrics.json").read_text())["selection"]
+    assert list(selection) == ["source", "honest", "oracle"]
+    assert all({"step", "source_accuracy", "target_accuracy"} == each.keys() for each in selection.values())
+    assert selection["oracle"]["target_accuracy"] == max(each["target_accuracy"] for each in selection.values())
+    target = {"path": "json", "data_files": str(tmp_path / "kitchen.jsonl")}
+    blind = {**training, "output_dir": str(tmp_path / "blind")}
+    result = Recipe.from_values(changed(values, training=blind, data={"target": target})).run()
+    assert list(result.metrics["selection"]) == ["source", "honest"]
+
+
 def test_with_lora_and_unfreezing(values):
     result = Recipe.from_values(
         changed(values, adapter={"method": "lora", "target_modules": ["query"]}, unfreeze={"until": 0.5})

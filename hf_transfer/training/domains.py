@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import nn
+from torch.utils.data import Subset
 from transformers import TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
 
 from hf_transfer.data.domains import DomainPairs, DomainStream
 from hf_transfer.discrepancy import MULTIPLES, Bandwidth
 from hf_transfer.errors import ConfigurationError, nearest
+from hf_transfer.losses import loss_kind, problem_type, transformer_in
 from hf_transfer.objectives.base import Objective
 from hf_transfer.objectives.domains import (
     CORAL,
@@ -21,15 +25,144 @@ from hf_transfer.objectives.domains import (
     Estimator,
     JointMMD,
 )
-from hf_transfer.pooling import HEAD
+from hf_transfer.pooling import HEAD, PooledFeatures
 from hf_transfer.schedules import Schedule
+from hf_transfer.training.label_free import Answers, label_free_scores
 from hf_transfer.training.trainer import TransferTrainer
+
+if TYPE_CHECKING:
+    from torch.utils.data import DataLoader
+
+SCORED = 1000  # target examples in an evaluation, unless others are given
 
 Pairs = DomainPairs | DomainStream
 
 
-class DomainAdversarialTrainer(TransferTrainer):
-    """``TransferTrainer`` whose features learn that a critic cannot tell source from target (DANN, CDAN).
+class DomainTrainer(TransferTrainer):
+    """``TransferTrainer`` on ``DomainPairs``, whose evaluations also tell what is known of the target without labels.
+
+    Beside the metrics of ``eval_dataset``, which should be source examples that are not trained on, an evaluation has
+    ``eval_deep_embedded_risk``, ``eval_importance_weighted_risk``, ``eval_target_entropy``,
+    ``eval_soft_neighborhood_density`` and ``eval_proxy_a_distance`` (``hf_transfer.scores``); any of them can be
+    ``metric_for_best_model``. The first two and the entropy are better low, the density high; the distance alone says
+    nothing of the classes.
+
+    Args:
+        model: As for ``TransferTrainer``.
+        args: As for ``TransferTrainer``; a batch size counts pairs.
+        train_dataset: ``DomainPairs(source, target)``, or a ``DomainStream``. Target labels are never read.
+        target_eval_dataset: Target examples for these scores; by default the first 1,000 that are trained on.
+            ``False`` leaves the scores out.
+        oracle_dataset: Labelled target examples, which every evaluation scores too, as ``eval_oracle_...``: to see
+            what the choice without labels costs. Nothing else reads them.
+        pooling: Where the features are taken; see ``hf_transfer.pooling.PooledFeatures``.
+        **options: As for ``TransferTrainer``.
+
+    Raises:
+        ConfigurationError: ``train_dataset`` has one domain, and what ``TransferTrainer`` refuses.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: TrainingArguments | None = None,
+        *,
+        train_dataset: Pairs,
+        target_eval_dataset: Any = None,
+        oracle_dataset: Any = None,
+        pooling: str | Sequence[str] = HEAD,
+        **options: Any,
+    ) -> None:
+        _domains_of(train_dataset)
+        if target_eval_dataset is None and isinstance(train_dataset, DomainPairs):
+            target = train_dataset.rows["target"]
+            target_eval_dataset = Subset(target, range(min(len(target), SCORED)))
+        super().__init__(model, args, train_dataset=train_dataset, **options)
+        self.target_eval_dataset = target_eval_dataset
+        self.oracle_dataset = oracle_dataset
+        self._listening: Answers | None = None
+        self._scores_domains = False
+        self._place = PooledFeatures(self.model, pooling if isinstance(pooling, str) else pooling[0])
+        self._chooses = loss_kind(self.model) == "classification" and problem_type(
+            transformer_in(self.model).config
+        ) in (None, "single_label_classification")
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        own = eval_dataset is None or eval_dataset is self.eval_dataset
+        if isinstance(self.eval_dataset, dict) or not own:
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        oracle = {}
+        if self.oracle_dataset is not None:
+            oracle = super().evaluate(self.oracle_dataset, ignore_keys, f"{metric_key_prefix}_oracle")
+        self._scores_domains = self.target_eval_dataset is not None and self.target_eval_dataset is not False
+        try:
+            metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        finally:
+            self._scores_domains = False
+        return {**oracle, **metrics}
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        if not self._scores_domains:
+            return super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+        self._scores_domains, self._listening = False, Answers()
+        try:
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+            source = self._listening
+        finally:
+            self._listening = None
+        if output.metrics is not None:
+            found = label_free_scores(source, self._answers(self.get_eval_dataloader(self.target_eval_dataset)))
+            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
+        return output
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        labels = inputs.get("labels")
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if self._listening is not None:
+            self._listen(self._listening, inputs, outputs, labels)
+        return (loss, outputs) if return_outputs else loss
+
+    @torch.no_grad()
+    def _answers(self, loader: DataLoader) -> Answers:
+        answers = Answers()
+        for batch in loader:
+            inputs = self._prepare_inputs(batch)
+            inputs.pop("labels", None)
+            with self.compute_loss_context_manager():
+                outputs = self.model(**inputs)
+            self._listen(answers, inputs, outputs, None)
+        return answers
+
+    def _listen(self, answers: Answers, inputs: Mapping[str, Any], outputs: Any, labels: torch.Tensor | None) -> None:
+        """Note the answers to one batch, of all ranks."""
+        parts = [self._place.take(inputs), *([outputs.logits] if self._chooses else [])]
+        parts += [labels] if self._chooses and labels is not None else []
+        features, *others = self.accelerator.gather_for_metrics(tuple(parts))
+        logits, known = (*others, None, None)[:2]
+        answers.add(features, logits, known)
+
+
+class DomainAdversarialTrainer(DomainTrainer):
+    """``DomainTrainer`` whose features learn that a critic cannot tell source from target (DANN, CDAN).
 
     One batch, one forward pass: the task's loss is that of the source rows, the critic's that of all.
 
@@ -46,7 +179,7 @@ class DomainAdversarialTrainer(TransferTrainer):
         spectral_norm: See ``DomainAdversarial``.
         critic_learning_rate: See ``DomainAdversarial``.
         objectives: Further terms.
-        **options: As for ``TransferTrainer``.
+        **options: As for ``DomainTrainer``.
 
     Raises:
         ConfigurationError: ``train_dataset`` has one domain, and what the objective and ``TransferTrainer`` refuse.
@@ -89,11 +222,13 @@ class DomainAdversarialTrainer(TransferTrainer):
             learning_rate=critic_learning_rate,
             domains=_domains_of(train_dataset),
         )
-        super().__init__(model, args, train_dataset=train_dataset, objectives=[term, *objectives], **options)
+        super().__init__(
+            model, args, train_dataset=train_dataset, pooling=pooling, objectives=[term, *objectives], **options
+        )
 
 
-class DomainAlignmentTrainer(TransferTrainer):
-    """``TransferTrainer`` with ``L_task + weight * discrepancy`` of source and target features (DAN, JAN, Deep CORAL).
+class DomainAlignmentTrainer(DomainTrainer):
+    """``DomainTrainer`` with ``L_task + weight * discrepancy`` of source and target features (DAN, JAN, Deep CORAL).
 
     Args:
         model: As for ``TransferTrainer``.
@@ -107,7 +242,7 @@ class DomainAlignmentTrainer(TransferTrainer):
         bandwidth: Of the kernels; see ``MMD``.
         multiples: Of the bandwidth; see ``MMD``.
         objectives: Further terms.
-        **options: As for ``TransferTrainer``.
+        **options: As for ``DomainTrainer``.
 
     Raises:
         ConfigurationError: ``train_dataset`` has one domain, and what the objective and ``TransferTrainer`` refuse.
@@ -146,7 +281,9 @@ class DomainAlignmentTrainer(TransferTrainer):
             raise ConfigurationError(
                 f"discrepancy = {discrepancy!r}. {nearest(discrepancy, ('mmd', 'joint_mmd', 'coral'))}"
             )
-        super().__init__(model, args, train_dataset=train_dataset, objectives=[term, *objectives], **options)
+        super().__init__(
+            model, args, train_dataset=train_dataset, pooling=pooling, objectives=[term, *objectives], **options
+        )
 
 
 def _domains_of(train_dataset: Any) -> int:
