@@ -4,9 +4,9 @@
 
 scikit-learn's 1,797 digits of 8 x 8 (Alpaydin & Kaynak 1998) are cut, anew for each seed, into thirds: labelled ones,
 others turned by 25 degrees without labels, and turned ones to test on. A small MLP takes 1,500 steps of 64 pairs at a
-constant rate of 1e-3. Every method has three settings, the usual one in the middle; the scores without target labels (hf_transfer.scores, on 100
-upright digits held out and the turned ones trained on) choose one setting of each method, and one of all, seed by
-seed. What each choice costs against the best setting on test labels is in the last columns. Finished runs are read.
+constant rate of 1e-3. Every method has three settings, the usual one in the middle; the scores without target labels
+(hf_transfer.scores, on 100 upright digits held out and the turned ones trained on) choose one setting of each method,
+and one of all, seed by seed; the oracle chooses by test labels. Finished runs are read.
 """
 
 from __future__ import annotations
