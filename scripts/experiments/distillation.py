@@ -4,10 +4,11 @@
 
 DATA is laid out as few_shot.py says. The teacher is MiniLM (6 blocks), fine-tuned on the labelled examples; every
 student starts as three of the teacher's blocks, sees the same labelled examples, and takes the same number of steps.
-All is chosen on 300 validation examples with the first seed, from four values or pairs for each arm, and reported on
-500 test examples: for the teacher and the student alone the learning rate, which the other students share; for the
-distilled one alpha and temperature, which the last two share; for hidden states their weight. The unlabelled texts are
-6,000 (TREC: what is left) of the same pool, without their labels. Finished runs are read, not repeated.
+All is chosen once, on 300 validation examples of the first set with the first seed, from four values or pairs for each
+arm, is used everywhere, and reported on 500 test examples: for the teacher and the student alone the learning rate,
+which the other students share; for the distilled one alpha and temperature, which the last two share; for hidden states
+their weight. The unlabelled texts are 6,000 (TREC: what is left) of the same pool, without their labels. Finished runs
+are read, not repeated.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from few_shot import splits_of
 
 from hf_transfer import Recipe
+from hf_transfer.schema import merge
 
 MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 LABELLED, UNLABELLED, STEPS, LAYERS = 2000, 6000, 300, 3
@@ -41,16 +43,29 @@ def write_files(name: str, data: Path, folder: Path) -> dict[str, str]:
 
 
 class Experiment:
-    """One data set: its files, and a folder for each arm."""
+    """One data set: its files, and a folder for each arm. ``choices`` has what was chosen, and gets what is."""
 
-    def __init__(self, name: str, data: Path, out: Path, *, steps: int, seeds: int) -> None:
+    def __init__(
+        self, name: str, data: Path, out: Path, *, steps: int, seeds: int, choices: dict[str, dict[str, Any]]
+    ) -> None:
         self.folder = out / name
         self.files = write_files(name, data, self.folder / "data")
-        self.steps, self.seeds = steps, list(range(seeds))
+        self.steps, self.seeds, self.choices = steps, list(range(seeds)), choices
 
-    def run(self, arm: str, model: dict[str, Any], settings: dict[str, Any], **options: Any) -> dict[str, Any]:
-        """The scores of one arm over the seeds, and what it chose."""
+    def run(
+        self,
+        arm: str,
+        model: dict[str, Any],
+        settings: dict[str, Any],
+        search: dict[str, list[float]] | None = None,
+        **options: Any,
+    ) -> list[float]:
+        """The scores of one arm over the seeds; what is to be searched and is not yet chosen is chosen here."""
         folder = self.folder / arm.replace(" ", "-")
+        if arm in self.choices:
+            settings = merge(settings, self.choices[arm])
+        elif search is not None:
+            settings = {**settings, "search": search}
         values = {
             "recipe": "compare",
             "model": model,
@@ -69,33 +84,33 @@ class Experiment:
             **options,
         }
         (found,) = Recipe.from_values(values).run(resume=folder.exists()).metrics["arms"]
-        return found
+        if search is not None:
+            self.choices.setdefault(arm, found["chosen"])
+        return found["scores"]
 
     def arms(self) -> dict[str, list[float]]:
         """Test accuracy of every arm, seed by seed."""
         scores = {}
-        teacher = self.run(
-            "teacher", {"name": MODEL}, {"recipe": "fine_tune", "search": RATES}, seeds=[0], keep_models=True
+        settings = {"recipe": "fine_tune"}
+        scores["teacher, 6 blocks"] = self.run(
+            "teacher", {"name": MODEL}, settings, RATES, seeds=[0], keep_models=True
         )
-        scores["teacher, 6 blocks"] = teacher["scores"]
         folder = str(self.folder / "teacher/teacher/seed-0")
         student = {"name": folder, "layers": LAYERS}
+        scores["student alone"] = self.run("alone", student, settings, RATES)
 
-        alone = self.run("alone", student, {"recipe": "fine_tune", "search": RATES})
-        scores["student alone"] = alone["scores"]
-        taught = {"recipe": "distillation", "teacher": {"name": folder}}
-        taught["training"] = {"learning_rate": alone["chosen"]["training.learning_rate"]}
+        rate = self.choices["alone"]["training.learning_rate"]
+        taught = {"recipe": "distillation", "teacher": {"name": folder}, "training": {"learning_rate": rate}}
         search = {"alpha": [0.5, 0.9], "temperature": [2.0, 4.0]}
-        distilled = self.run("distilled", student, {**taught, "search": search})
-        scores["distilled"] = distilled["scores"]
+        scores["distilled"] = self.run("distilled", student, taught, search)
 
-        taught |= distilled["chosen"]
+        taught |= self.choices["distilled"]
         hidden = {"hidden_state_matching": {"layers": "uniform"}}
         search = {"objectives.hidden_state_matching.weight": [0.1, 0.3, 1.0, 3.0]}
-        found = self.run("hidden states", student, {**taught, "objectives": hidden, "search": search})
-        scores["distilled, hidden states too"] = found["scores"]
-        found = self.run("unlabelled", student, {**taught, "data": {"unlabelled": "unlabelled"}})
-        scores["distilled, unlabelled texts too"] = found["scores"]
+        matched = {**taught, "objectives": hidden}
+        scores["distilled, hidden states too"] = self.run("hidden states", student, matched, search)
+        more = {**taught, "data": {"unlabelled": "unlabelled"}}
+        scores["distilled, unlabelled texts too"] = self.run("unlabelled", student, more)
         return scores
 
 
@@ -108,10 +123,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
 
-    results = {
-        name: Experiment(name, options.data, options.out, steps=options.steps, seeds=options.seeds).arms()
-        for name in options.sets
-    }
+    alike: dict[str, Any] = {"steps": options.steps, "seeds": options.seeds, "choices": {}}
+    results = {name: Experiment(name, options.data, options.out, **alike).arms() for name in options.sets}
     print("\nTest accuracy, mean and standard deviation over the seeds, and its share of the teacher's:\n")
     print("| | " + " | ".join(results) + " |\n|---|" + "---:|" * len(results))
     for arm in next(iter(results.values())):
