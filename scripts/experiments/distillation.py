@@ -6,9 +6,9 @@ DATA is laid out as few_shot.py says. The teacher is MiniLM (6 blocks), fine-tun
 student starts as three of the teacher's blocks, sees the same labelled examples, and takes the same number of steps.
 All is chosen once, on 300 validation examples of the first set with the first seed, from four values or pairs for each
 arm, is used everywhere, and reported on 500 test examples: for the teacher and the student alone the learning rate,
-which the other students share; for the distilled one alpha and temperature, which the last two share; for hidden states
-their weight. The unlabelled texts are 6,000 (TREC: what is left) of the same pool, without their labels. Finished runs
-are read, not repeated.
+which the other students share; for the distilled one alpha and temperature, which the last two share; for hidden
+states their weight. The unlabelled texts are 6,000 (TREC: what is left) of the same pool, without their labels.
+Finished runs are read, not repeated.
 """
 
 from __future__ import annotations
