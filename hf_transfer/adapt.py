@@ -30,7 +30,8 @@ class DomainRecipe(FineTuneRecipe):
 
     Args:
         data: Source and target texts. A batch size counts pairs of one of each.
-        criterion: What ``honest`` goes by.
+        criterion: What ``honest`` goes by. To keep that checkpoint, set ``training.load_best_model_at_end`` and
+            ``training.metric_for_best_model``.
     """
 
     two_domains: ClassVar[bool] = True

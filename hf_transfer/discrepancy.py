@@ -38,7 +38,7 @@ def gaussian_bandwidth(features: Tensor, *, heuristic: Bandwidth = "mean") -> Te
         A scalar without gradient, in the unit of the features squared; 1 where all rows are the same, for a kernel of
         no width is none.
     """
-    features = features.detach()
+    features = _promoted(features.detach())
     if heuristic == "median":
         step = math.ceil(len(features) / MEDIAN_ROWS)
         scale = (
@@ -66,7 +66,7 @@ def mmd(
 
     One pass over tiles of the kernel matrix gives value and gradient, so that memory stays at a few tiles whatever N;
     where a multiple is half of another its kernel is the square of that one's, and five cost one exponential.
-    Distances and sums are made in float32 (float64 stays). There is no second derivative, and none of the bandwidth.
+    All is computed in float32 (float64 stays). There is no second derivative, and none of the bandwidth.
 
     Args:
         source: (N, D), or one such tensor per layer.
@@ -212,7 +212,7 @@ class _TiledMMD(torch.autograd.Function):
     def forward(ctx: Any, sizes: tuple[int, int], multiples: list[float], unbiased: bool, *layers: Tensor) -> Tensor:
         pairs = [n * (n - 1) if unbiased else n * n for n in sizes]
         wanted = [layer.requires_grad for layer in layers]
-        centred = [(layer - layer.mean(0)).float() if layer.dtype != torch.float64 else layer for layer in layers]
+        centred = [layer - layer.mean(0) for layer in layers]
         tiles = [_Tiles(layer, multiples, slopes=any(wanted)) for layer in centred]
         total = centred[0].new_zeros(())
         for one, other in combinations_with_replacement(_blocks(sizes, tiles[0].size), 2):
@@ -225,11 +225,8 @@ class _TiledMMD(torch.autograd.Function):
                 if wanted[place]:
                     others = prod(kernels[:place] + kernels[place + 1 :])
                     tile.pull(one.rows, other.rows, 4 * weight * others)
-        ctx.gradients = [
-            tile.gradient.to(layer.dtype) if each else None
-            for tile, layer, each in zip(tiles, layers, wanted, strict=True)
-        ]
-        return total.to(layers[0].dtype)
+        ctx.gradients = [tile.gradient if each else None for tile, each in zip(tiles, wanted, strict=True)]
+        return total
 
     @staticmethod
     @once_differentiable
@@ -263,7 +260,7 @@ class _Tiles:
         self._rows = rows
         self._norms = rows.square().sum(1)
         self._multiples = multiples
-        self._farthest = -0.9 * math.log(torch.finfo(rows.dtype).tiny) * min(multiples)
+        self._farthest = -0.9 * math.log(torch.finfo(rows.dtype).tiny) * max(multiples)
         side = min(self.size, len(rows))
         self._room = [rows.new_empty(side * side) for _ in range(4 if slopes else 3)]
 
@@ -272,7 +269,7 @@ class _Tiles:
         shape = one.stop - one.start, other.stop - other.start
         distances, power, kernel, *slope = (room[: shape[0] * shape[1]].view(shape) for room in self._room)
         torch.addmm(self._norms[other], self._rows[one], self._rows[other].t(), alpha=-2, out=distances)
-        distances.add_(self._norms[one, None]).clamp_(0, self._farthest)  # beyond, a kernel would be subnormal
+        distances.add_(self._norms[one, None]).clamp_(0, self._farthest)  # beyond, no kernel is a normal number
         if one == other:
             distances.fill_diagonal_(0)
         previous = math.inf
@@ -293,6 +290,8 @@ class _Tiles:
         """Add ``sum_j weight k'_ij (x_i - x_j)`` to the gradient in the rows of one side, and so to the other's."""
         (slope,) = self._slope
         slope.mul_(weight)
+        if one == other:
+            slope.fill_diagonal_(0)  # a row does not pull at itself, not by rounding either
         sides = [(slope, one, other)] if one == other else [(slope, one, other), (slope.t(), other, one)]
         for pull, here, there in sides:
             self.gradient[here] += pull.sum(1, keepdim=True) * self._rows[here]
@@ -317,7 +316,11 @@ def _layers(
                 f"source has {len(one)} rows and target {len(other)}: expected at least {least} of each, and as many "
                 "in every layer."
             )
-    return list(zip(sources, targets, strict=True))
+    return [(_promoted(one), _promoted(other)) for one, other in zip(sources, targets, strict=True)]
+
+
+def _promoted(features: Tensor) -> Tensor:
+    return features.to(torch.promote_types(features.dtype, torch.float32))
 
 
 def _scaled(pair: tuple[Tensor, Tensor], bandwidth: float | Bandwidth) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,7 @@ from hf_transfer.targets import Samples, TopK
 from hf_transfer.tasks import IGNORED
 
 _CACHED = 2**18  # numbers of a block; four blocks of float32 in 4 MiB
+_GPU_BLOCK = 2**25  # the same elsewhere: 128 MiB of float32
 _HELD = {"cpu": 2**24, "other": 2**27}  # logits of a chunk: 64 and 512 MiB of float32
 
 
@@ -277,9 +278,8 @@ def _chunk_size(weight: Tensor) -> int:
 
 def _block_size(device: torch.device, vocabulary: int) -> int:
     """Rows that the elementwise stages take at once: on a CPU as many as stay in its caches."""
-    if device.type != "cpu":
-        return 2**31
-    return max(_CACHED * torch.get_num_threads() // vocabulary, 1)
+    numbers = _CACHED * torch.get_num_threads() if device.type == "cpu" else _GPU_BLOCK
+    return max(numbers // vocabulary, 1)
 
 
 def _check(

@@ -81,22 +81,20 @@ def problem_type(config: PreTrainedConfig) -> str | None:
     return "regression"
 
 
-def labelled_loss(
-    outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None, *, problem: str
-) -> Tensor:
-    """The loss of a number or of several labels per example, over those that are labelled; a ``compute_loss_func``.
+def labelled_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+    """The loss of a classifier of examples over those that are labelled; a ``compute_loss_func``.
 
-    It is transformers' own where none is missing; that one would read -100 as a number to predict.
+    It is transformers' own where no label is missing; that one would read -100 as a number to predict where labels are
+    numbers.
 
     Args:
         outputs: With ``logits`` (B, C).
-        labels: (B,) or (B, C), -100 where there is none.
+        labels: -100 where there is none; classes (B,), or as floats one number (B,) or several labels (B, C) each.
         num_items_in_batch: Labels of the whole step.
-        problem: "regression" or "multi_label_classification".
     """
-    known = labels != IGNORED
-    answers, wanted = outputs.logits.view_as(labels)[known], labels[known].to(outputs.logits.dtype)
-    compare = functional.mse_loss if problem == "regression" else functional.binary_cross_entropy_with_logits
-    return compare(answers, wanted, reduction="sum") / (
-        max(1, len(wanted)) if num_items_in_batch is None else num_items_in_batch
-    )
+    known, logits = labels != IGNORED, outputs.logits
+    items = max(1, int(known.sum())) if num_items_in_batch is None else num_items_in_batch
+    if not labels.is_floating_point():
+        return functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum") / items
+    compare = functional.mse_loss if logits.shape[-1] == 1 else functional.binary_cross_entropy_with_logits
+    return compare(logits.view_as(labels)[known], labels[known].to(logits.dtype), reduction="sum") / items

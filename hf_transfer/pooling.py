@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
@@ -53,8 +56,8 @@ def pool(hidden: Tensor, real: Tensor, positions: Positions) -> Tensor:
 class PooledFeatures:
     """Keeps what a model's forward pass leaves at one place, until it is taken as one vector per example.
 
-    No second forward pass and no ``output_hidden_states``: a hook keeps a reference. It sees through PEFT, DDP and a
-    head that the fused loss leaves out.
+    No second forward pass and no ``output_hidden_states``: a hook keeps a reference, as long as this object lives. It
+    sees through PEFT, DDP and a head that the fused loss leaves out.
 
     Args:
         model: A transformers model, bare or inside a PEFT model.
@@ -64,18 +67,26 @@ class PooledFeatures:
             output is averaged over real tokens or, of an image (B, C, H, W), over places.
 
     Raises:
-        ConfigurationError: The model has no such module, or no linear head.
+        ConfigurationError: The model has no such module or no linear head, or is an encoder and a decoder.
     """
 
     def __init__(self, model: nn.Module, pooling: str = HEAD) -> None:
         self._core: Any = transformer_in(model)
         self._pooling = pooling
         self._kept: Any = None
+        self.listens = True
+        """Whether the next forward pass is kept."""
+        if self._core.config.is_encoder_decoder:
+            raise ConfigurationError(
+                f"{type(self._core).__name__} is an encoder and a decoder: no features are pooled."
+            )
         if pooling == HEAD:
-            for head in self._heads():  # the last one called has the last word
-                head.register_forward_pre_hook(self._keep_input)
+            modules: list[nn.Module] = [*self._heads()]  # the last one called has the last word
         else:
-            self._module(model).register_forward_hook(self._keep_output)
+            modules = [self._module(model)]
+        for module in modules:
+            handle = module.register_forward_hook(partial(_keep, weakref.ref(self), pooling == HEAD))
+            weakref.finalize(self, handle.remove)
 
     @property
     def size(self) -> int:
@@ -111,13 +122,22 @@ class PooledFeatures:
         if found.dim() == 4:
             return found.mean((2, 3))
         if found.dim() == 3:
-            real = real_tokens(self._core, batch, found.shape[1])
+            real = real_tokens(self._core, batch, found.shape[1]).to(found.device)
+            if real.shape != found.shape[:2]:
+                raise ConfigurationError(
+                    f"pooling = '{self._pooling}': hidden states of {found.shape[1]} tokens where the batch has "
+                    f"{real.shape[1]}: virtual tokens (prompt tuning) cannot be told from real ones."
+                )
             return pool(found, real, self._positions)
         return found
 
     def _heads(self) -> list[nn.Linear]:
         base = self._core.base_model
         inside = set() if base is self._core else set(base.modules())
+        for layer in self._core.modules():
+            if isinstance(layer, BaseTunerLayer) and isinstance(layer, nn.Module):
+                factors = (part for name, part in layer.named_children() if name != "base_layer")
+                inside |= {each for part in factors for each in part.modules()}  # LoRA's own, on the head
         heads = [each for each in self._core.modules() if isinstance(each, nn.Linear) and each not in inside]
         if not heads:
             raise ConfigurationError(
@@ -138,15 +158,17 @@ class PooledFeatures:
             )
         return names[self._pooling]
 
-    def _keep_input(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self._kept = args[0]
-
-    def _keep_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self._kept = output
-
     @property
     def _positions(self) -> Positions:
         for positions in get_args(Positions):
             if self._pooling == positions:
                 return positions
         return "last" if self._pooling == HEAD and loss_kind(self._core) == "classification" else "mean"
+
+
+def _keep(
+    features: weakref.ref[PooledFeatures], reads_input: bool, _: nn.Module, args: tuple[Any, ...], output: Any
+) -> None:
+    place = features()
+    if place is not None and place.listens:
+        place._kept = args[0] if reads_input else output

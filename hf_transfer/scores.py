@@ -2,65 +2,99 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from hf_transfer.errors import ConfigurationError
 
-if TYPE_CHECKING:
-    import numpy as np
-
 FOLDS = 2
 LARGEST_WEIGHT = 1e4  # of one example: a classifier that is sure of every domain gives no ratio
 
 
-def proxy_a_distance(source: Tensor, target: Tensor, *, seed: int = 0) -> float:
-    """How well a linear classifier tells two domains apart: ``2 (1 - 2 error)``, 0 where it cannot, 2 where it always
-    can.
+def target_probability(source: Tensor, target: Tensor, *, seed: int = 0) -> Tensor:
+    """How probably each example (N + M,) is the target's, by a classifier that was fitted without it.
 
-    The error is that on held-out examples, both domains counted alike, by two-fold cross-validation of a logistic
-    regression on standardised features.
+    Two folds of a logistic regression on standardised features, to which both domains count alike.
 
     Args:
         source: Features (N, D).
         target: Features (M, D).
         seed: Of the folds.
+
+    Raises:
+        ConfigurationError: Shapes that do not fit, fewer than two examples in a domain, or features that are no
+            numbers.
+    """
+    import numpy as np
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import StratifiedKFold, cross_val_predict
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    if (
+        source.dim() != 2
+        or target.dim() != 2
+        or source.shape[1] != target.shape[1]
+        or min(len(source), len(target)) < 2
+    ):
+        raise ConfigurationError(
+            f"source and target have the shapes {tuple(source.shape)} and {tuple(target.shape)}: expected (N, D) and "
+            "(M, D), with at least 2 examples each."
+        )
+    features = torch.cat([source, target]).detach().double().cpu()
+    if not torch.isfinite(features).all():
+        raise ConfigurationError("source and target: there are features that are no finite numbers.")
+    domain = np.repeat([0, 1], [len(source), len(target)])
+    classifier = make_pipeline(StandardScaler(), LogisticRegression(class_weight="balanced", max_iter=200))
+    folds = StratifiedKFold(FOLDS, shuffle=True, random_state=seed)
+    probabilities = cross_val_predict(classifier, features.numpy(), domain, cv=folds, method="predict_proba")
+    return torch.from_numpy(probabilities[:, 1])
+
+
+def proxy_a_distance(source: Tensor, target: Tensor, *, seed: int = 0, probability: Tensor | None = None) -> float:
+    """How well a linear classifier tells two domains apart: ``2 (1 - 2 error)``, 0 where it cannot, 2 where it always
+    can.
+
+    The error is that on held-out examples, both domains counted alike.
+
+    Args:
+        source: Features (N, D).
+        target: Features (M, D).
+        seed: See :func:`target_probability`.
+        probability: What that gave, if it is known already.
 
     Returns:
         Between 0 and 2; an error above one half counts as one half.
 
     Raises:
-        ConfigurationError: Shapes that do not fit, or fewer than two examples in a domain.
+        ConfigurationError: As for :func:`target_probability`.
 
     References:
         Ben-David et al. 2007, Analysis of Representations for Domain Adaptation. Ganin et al. 2016, section 5.
     """
-    guess = _target_probability(source, target, seed=seed)
-    wrong = [float((guess[: len(source)] > 0.5).mean()), float((guess[len(source) :] <= 0.5).mean())]
+    guess = target_probability(source, target, seed=seed) if probability is None else probability
+    wrong = [float((guess[: len(source)] > 0.5).double().mean()), float((guess[len(source) :] <= 0.5).double().mean())]
     return max(0.0, 2 * (1 - 2 * sum(wrong) / 2))
 
 
-def density_ratios(source: Tensor, target: Tensor, *, seed: int = 0) -> Tensor:
+def density_ratios(source: Tensor, target: Tensor, *, seed: int = 0, probability: Tensor | None = None) -> Tensor:
     """How much likelier each source example's features are in the target, (N,), by a domain classifier's odds.
-
-    Every example is judged by a classifier that was fitted without it (two folds) and to which both domains count
-    alike.
 
     Args:
         source: Features (N, D).
         target: Features (M, D).
-        seed: Of the folds.
+        seed: See :func:`target_probability`.
+        probability: What that gave, if it is known already.
 
     Raises:
-        ConfigurationError: As for :func:`proxy_a_distance`.
+        ConfigurationError: As for :func:`target_probability`.
 
     References:
         Bickel et al. 2007. You et al. 2019, Towards Accurate Model Selection in Deep Unsupervised Domain Adaptation,
         section 3.2.
     """
-    guess = torch.from_numpy(_target_probability(source, target, seed=seed)[: len(source)])
+    guess = target_probability(source, target, seed=seed) if probability is None else probability
+    guess = guess[: len(source)]
     return (guess / (1 - guess)).clamp(max=LARGEST_WEIGHT)
 
 
@@ -133,29 +167,3 @@ def soft_neighborhood_density(logits: Tensor, *, temperature: float = 0.05) -> f
         similar[torch.arange(len(similar)), torch.arange(first, first + len(similar))] = -torch.inf
         total += float(torch.special.entr(similar.softmax(-1)).sum())
     return total / len(directions)
-
-
-def _target_probability(source: Tensor, target: Tensor, *, seed: int) -> np.ndarray:
-    """The probability of the target, of each example (N + M,), by a classifier that has not seen it."""
-    import numpy as np
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import StratifiedKFold, cross_val_predict
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    if (
-        source.dim() != 2
-        or target.dim() != 2
-        or source.shape[1] != target.shape[1]
-        or min(len(source), len(target)) < 2
-    ):
-        raise ConfigurationError(
-            f"source and target have the shapes {tuple(source.shape)} and {tuple(target.shape)}: expected (N, D) and "
-            "(M, D), with at least 2 examples each."
-        )
-    features = torch.cat([source, target]).detach().double().cpu().numpy()
-    domain = np.repeat([0, 1], [len(source), len(target)])
-    classifier = make_pipeline(StandardScaler(), LogisticRegression(class_weight="balanced", max_iter=200))
-    folds = StratifiedKFold(FOLDS, shuffle=True, random_state=seed)
-    probabilities = cross_val_predict(classifier, features, domain, cv=folds, method="predict_proba")
-    return probabilities[:, 1]

@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn import functional
+from transformers import BertForMultipleChoice, BertForQuestionAnswering
 
 from hf_transfer.adversarial import certainty_weight, multilinear_map, reverse_gradient
 from hf_transfer.data.domains import DomainCollator, DomainPairs, DomainStream
@@ -299,6 +300,24 @@ class TestTraining:
         logs = [entry for entry in trainer.state.log_history if "mmd_loss" in entry]
         assert all(math.isfinite(entry["mmd_loss"]) and entry["mmd_loss"] > 0 for entry in logs)
 
+    def test_a_last_batch_of_one_pair_adds_no_discrepancy(self, tmp_path):
+        for options in ({"estimator": "unbiased"}, {"estimator": "linear"}, {"discrepancy": "coral"}):
+            trainer = run(tmp_path, DomainAlignmentTrainer, data=pairs(17, 12), **options)
+            assert trainer.state.global_step == 3
+            (name,) = {key for entry in trainer.state.log_history for key in entry} & {"mmd_loss", "coral_loss"}
+            values = [entry[name] for entry in trainer.state.log_history if "loss" in entry]
+            assert values[-1] == 0.0 != values[0]
+
+    def test_float_labels_of_a_model_that_was_not_told_its_problem(self, tmp_path):
+        labels = [[float(label), 0.0, 1.0] for label in rows(16, 0)["labels"]]
+        source = rows(16, 0).remove_columns("labels").add_column("labels", labels)
+        trainer = run(
+            tmp_path, DomainAlignmentTrainer, data=DomainPairs(source, rows(16, 1)), eval_dataset=source, weight=0.0
+        )
+        losses = [entry["task_loss"] for entry in trainer.state.log_history if "task_loss" in entry]
+        assert all(0.3 < loss < 1.5 for loss in losses)
+        assert "eval_target_entropy" not in trainer.evaluate()
+
     @pytest.mark.parametrize("problem", ["regression", "multi_label_classification"])
     def test_numbers_and_several_labels(self, tmp_path, problem):
         count = 1 if problem == "regression" else 3
@@ -347,7 +366,19 @@ REFUSED = {
         lambda tmp: run(
             tmp, DomainAlignmentTrainer, estimator="unbiased", changes={"per_device_train_batch_size": 1}
         ),
-        "1 rows and target 1: expected at least 2",
+        "mmd: 1 pair in a batch, expected at least 2",
+    ),
+    "another label": (
+        lambda tmp: run(tmp, model=BertForQuestionAnswering(tiny_bert().config)),
+        "'(start|end)_positions' holds labels, which would be read of the target",
+    ),
+    "an unknown loss": (
+        lambda tmp: run(tmp, model=BertForMultipleChoice(tiny_bert().config)),
+        "BertForMultipleChoice is not known to leave out what has no label",
+    ),
+    "means below the cut": (
+        lambda tmp: run(tmp, pooling="mean", unfreeze=TopLevels(0), frozen_prefix_cache=tmp / "cache"),
+        "domain_adversarial takes features that may lie below the cut",
     ),
     "a discrepancy": (lambda tmp: run(tmp, DomainAlignmentTrainer, discrepancy="mdd"), "'mdd'. Did you mean 'mmd'"),
     "an estimator": (lambda tmp: run(tmp, DomainAlignmentTrainer, estimator="linea"), "Did you mean 'linear'"),

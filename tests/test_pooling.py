@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import (
     RobertaConfig,
     RobertaForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
     ViTConfig,
     ViTForImageClassification,
     Wav2Vec2Config,
@@ -60,6 +65,24 @@ def test_under_lora_the_trained_copy_of_the_head():
     model = get_peft_model(tiny_bert(), LoraConfig(task_type="SEQ_CLS", target_modules=["query"]))
     copy = model.base_model.model.classifier.modules_to_save["default"]
     torch.testing.assert_close(copy(features_of(model)), model(**BATCH).logits)
+
+
+def test_lora_on_the_head_itself():
+    model = get_peft_model(tiny_bert(), LoraConfig(target_modules=["query", "classifier"], r=4))
+    layer = model.base_model.model.classifier
+    torch.testing.assert_close(layer(features_of(model)), model(**BATCH).logits)
+
+
+def test_hooks_go_with_their_owner():
+    model = tiny_bert()
+    place = PooledFeatures(model)
+    assert model.classifier._forward_hooks
+    place.listens = False
+    model(**BATCH)
+    copy.deepcopy(model)
+    del place
+    gc.collect()
+    assert not model.classifier._forward_hooks
 
 
 def test_a_decoders_last_and_mean_tokens():
@@ -121,3 +144,14 @@ def test_nothing_is_kept_after_it_was_taken():
 def test_what_is_not_there_is_named():
     with pytest.raises(ConfigurationError, match="has no such module. Did you mean 'bert.encoder.layer.1'"):
         PooledFeatures(tiny_bert(), "bert.encoder.layers.1")
+    config = T5Config(vocab_size=60, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    with pytest.raises(ConfigurationError, match="T5ForConditionalGeneration is an encoder and a decoder"):
+        PooledFeatures(T5ForConditionalGeneration(config))
+
+
+def test_virtual_tokens_are_not_taken_for_real_ones():
+    model = get_peft_model(tiny_llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    place = PooledFeatures(model, "last")
+    model(**BATCH)
+    with pytest.raises(ConfigurationError, match="virtual tokens"):
+        place.take(BATCH)

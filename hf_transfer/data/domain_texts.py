@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,12 +17,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+READ_OF_TARGET = ("path", "name", "data_dir", "data_files", "revision", "columns", "train", "test", "sample_by")
+
+
 @dataclass(frozen=True)
 class DomainTextData:
     """Texts of two domains.
 
     Args:
-        source: Labelled texts to train on, part of which validates; its lengths are those of both domains.
+        source: Labelled texts to train on, part of which validates; its lengths are those of both domains. Its own
+            test split is not read.
         target: Texts of the domain to adapt to. Their labels are not read, except those of a split called test, or
             named by ``test``, which are for the final score alone.
     """
@@ -34,10 +38,12 @@ class DomainTextData:
         for name, data in (("source", self.source), ("target", self.target)):
             if data.unlabelled is not None:
                 raise ConfigurationError(f"data.{name}.unlabelled: what has no labels is data.target.")
-        if self.target.train_size is not None:
-            raise ConfigurationError(
-                "data.target.train_size: it draws evenly over classes, which are not known there."
-            )
+        for option in fields(TextData):
+            if option.name not in READ_OF_TARGET and getattr(self.target, option.name) != option.default:
+                raise ConfigurationError(
+                    f"data.target.{option.name}: it is not read. What is done to texts of both domains is set in "
+                    "data.source; classes are not known in the target."
+                )
 
     @property
     def unlabelled(self) -> str | None:
@@ -56,6 +62,8 @@ class DomainTextData:
         """
         from datasets import DatasetDict
 
+        if task == "token-classification":
+            raise ConfigurationError(f"data.target: {task} does not read unlabelled texts.")
         source = self.source.load(task=task, base_dir=base_dir)
         source.pop("test", None)
         return DatasetDict({**source, **self.target.load_unlabelled(task=task, base_dir=base_dir)})

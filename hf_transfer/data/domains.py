@@ -9,7 +9,7 @@ import datasets
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from hf_transfer.batches import EXAMPLE_INDEX
 from hf_transfer.errors import ConfigurationError, nearest
@@ -138,7 +138,8 @@ class DomainStream(IterableDataset[DomainPair]):
         target: A stream of examples of the target domain.
 
     Raises:
-        ConfigurationError: A domain is missing; on reading, one is empty or differs in a column beside labels.
+        ConfigurationError: A domain is missing; on reading, one is empty or differs in a column beside labels, or
+            workers read it.
     """
 
     def __init__(self, source: Any, target: Any) -> None:
@@ -155,6 +156,8 @@ class DomainStream(IterableDataset[DomainPair]):
         self._epoch = epoch
 
     def __iter__(self) -> Iterator[DomainPair]:
+        if get_worker_info() is not None:
+            raise ConfigurationError("DomainStream is read in the main process: set dataloader_num_workers to 0.")
         turns = dict.fromkeys(self.rows, 0)
         streams = {name: self._begin(name, 0) for name in self.rows}
         checked = False
@@ -203,9 +206,12 @@ class DomainCollator:
         batch = dict(self.collator(rows))
         domains = len(examples[0])
         domain = torch.arange(domains).repeat(len(examples))
-        for name in LABELS:
-            if isinstance(batch.get(name), Tensor):
-                batch[name][domain == domains - 1] = IGNORED
+        for name in (name for name in LABELS if name in batch):
+            if not isinstance(batch[name], Tensor):
+                raise ConfigurationError(
+                    f"{name}: found {type(batch[name]).__name__} in a batch, expected one tensor."
+                )
+            batch[name][domain == domains - 1] = IGNORED
         return {**batch, DOMAIN: domain}
 
 
@@ -228,8 +234,10 @@ def _is_row(rows: Sequence[Any]) -> bool:
 
 
 def _pair(rows: list[Row]) -> DomainPair:
-    *sources, target = rows
-    return DomainPair([*sources, {name: value for name, value in target.items() if name not in LABELS}])
+    hidden = [{DOMAIN}] * (len(rows) - 1) + [{DOMAIN, *LABELS}]
+    return DomainPair(
+        {name: row[name] for name in row if name not in left} for row, left in zip(rows, hidden, strict=True)
+    )
 
 
 def _stand_ins(source: Row, row: Row) -> dict[str, Any]:
@@ -243,6 +251,7 @@ def _stand_ins(source: Row, row: Row) -> dict[str, Any]:
 
 
 def _check_columns(columns: Mapping[str, set[str]]) -> None:
+    columns = {name: found - {DOMAIN} for name, found in columns.items()}
     expected = columns["target"] - set(LABELS)
     for name, found in columns.items():
         if missing := sorted(expected - found) or sorted(found - expected - set(LABELS)):

@@ -61,17 +61,17 @@ class DomainObjective(Objective):
 class DomainAdversarial(DomainObjective):
     """DANN: a critic learns to tell the domains of pooled features apart, the features learn that it cannot.
 
-    The term is the critic's cross-entropy over the domains; between features and critic the gradient is reversed, with
-    a strength that follows the run. The logs have ``domain_adversarial_accuracy`` beside the loss: with two domains, a
-    critic at 0.5 from the first steps on has collapsed, one at 1.0 throughout is not fooled.
+    The term is the critic's cross-entropy, a mean over the rows of all domains (half of the paper's sum of two means);
+    between features and critic the gradient is reversed, with a strength that follows the run. The logs have
+    ``domain_adversarial_accuracy`` beside the loss: with two domains, a critic at 0.5 from the first steps on has
+    collapsed, one at 1.0 throughout is not fooled.
 
     Args:
         weight: Factor of the whole term, the critic's own learning included.
         strength: lambda of the reversal: a number, or a function of progress. The paper's ramp by default, which
             spares the features while the critic knows nothing yet.
         pooling: Where the features are taken; see ``hf_transfer.pooling.PooledFeatures``.
-        hidden_size: Width of the critic's two hidden layers. 1,024 in the paper, for 4,096 features; here a third of
-            that suffices for encoders of a few hundred.
+        hidden_size: Width of the critic's two hidden layers; 1,024 in the paper, for 4,096 features.
         dropout: Between the critic's layers.
         spectral_norm: Bound the critic's slope (Miyato et al. 2018), so that its gradient does not run away.
         learning_rate: Of the critic, which starts at random and may take ten times a pretrained model's; the run's by
@@ -138,7 +138,8 @@ class ConditionalAdversarial(DomainAdversarial):
 
     It reads the outer product of both, or a random map of it where that has more than 4,096 entries; predictions are
     detached, so that the classifier is not trained to fool the critic. Rows count ``1 + exp(-H)`` of their
-    prediction's entropy H, so that what is hard to classify does not lead (CDAN+E).
+    prediction's entropy H, so that what is hard to classify does not lead (CDAN+E); the weights are not normalised, as
+    in the paper's eq. 8, where its code divides them by their sum in each domain.
 
     Args:
         entropy_weighting: Whether they do.
@@ -209,13 +210,18 @@ class DiscrepancyObjective(DomainObjective):
     """A discrepancy between each source's features and the target's, of the rows of all ranks at once.
 
     It couples the rows of a batch: its value depends on how many there are, and a step of several micro-batches takes
-    the mean of theirs.
+    the mean of theirs. A micro-batch of too few rows, as the last of an epoch may be, adds nothing.
     """
+
+    least_rows = 1
+    """Of each domain."""
 
     def forward(self, model: nn.Module, batch: Mapping[str, Any], outputs: Any, progress: float) -> Tensor:
         layers = [gather_rows(layer) for layer in self._compared(batch, outputs)]
         domain = gather_rows(batch[DOMAIN].to(layers[0].device))
         target = [layer[domain == self.domains - 1] for layer in layers]
+        if len(target[0]) < self.least_rows:
+            return 0 * layers[0].sum()
         sources = ([layer[domain == number] for layer in layers] for number in range(self.domains - 1))
         return torch.stack([self._discrepancy(source, target) for source in sources]).mean()
 
@@ -268,6 +274,7 @@ class MMD(DiscrepancyObjective):
             raise ConfigurationError(f"estimator = {estimator!r}. {nearest(estimator, get_args(Estimator))}")
         self.estimator = estimator
         self.features = features
+        self.least_rows = 2 if estimator in ("unbiased", "linear") else 1
         self.kernels: dict[str, Any] = {"bandwidth": bandwidth, "multiples": multiples}
 
     def prepare(self, model: nn.Module) -> None:
@@ -291,6 +298,9 @@ class MMD(DiscrepancyObjective):
 
 class JointMMD(DiscrepancyObjective):
     """JAN: the discrepancy of the domains' joint distribution of features and class probabilities.
+
+    Every layer has the same mixture of kernels, where the paper's code has a single one of a fixed width for the
+    probabilities.
 
     Args:
         weight: lambda of ``L_task + lambda JMMD``.
@@ -321,6 +331,7 @@ class JointMMD(DiscrepancyObjective):
         domains: int = 2,
     ) -> None:
         super().__init__(weight=weight, pooling=pooling, domains=domains)
+        self.least_rows = 2 if unbiased else 1
         self.options: dict[str, Any] = {"unbiased": unbiased, "bandwidth": bandwidth, "multiples": multiples}
 
     def prepare(self, model: nn.Module) -> None:
@@ -350,6 +361,7 @@ class CORAL(DiscrepancyObjective):
     """
 
     name: ClassVar[str] = "coral"
+    least_rows = 2
 
     def __init__(
         self, *, weight: float | Schedule = 1.0, pooling: str | Sequence[str] = HEAD, domains: int = 2

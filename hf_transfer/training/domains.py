@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -27,13 +29,13 @@ from hf_transfer.objectives.domains import (
 )
 from hf_transfer.pooling import HEAD, PooledFeatures
 from hf_transfer.schedules import Schedule
-from hf_transfer.training.label_free import Answers, label_free_scores
+from hf_transfer.training.label_free import CRITERIA, SCORED, Answers, label_free_scores
 from hf_transfer.training.trainer import TransferTrainer
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
 
-SCORED = 1000  # target examples in an evaluation, unless others are given
+logger = logging.getLogger(__name__)
 
 Pairs = DomainPairs | DomainStream
 
@@ -44,14 +46,15 @@ class DomainTrainer(TransferTrainer):
     Beside the metrics of ``eval_dataset``, which should be source examples that are not trained on, an evaluation has
     ``eval_deep_embedded_risk``, ``eval_importance_weighted_risk``, ``eval_target_entropy``,
     ``eval_soft_neighborhood_density`` and ``eval_proxy_a_distance`` (``hf_transfer.scores``); any of them can be
-    ``metric_for_best_model``. The first two and the entropy are better low, the density high; the distance alone says
-    nothing of the classes.
+    ``metric_for_best_model``, and ``greater_is_better`` is set to suit it: the risks, the entropy and the distance are
+    better low, the density high; the distance says nothing of the classes. Where ``eval_dataset`` is several sets they
+    are left out.
 
     Args:
         model: As for ``TransferTrainer``.
         args: As for ``TransferTrainer``; a batch size counts pairs.
         train_dataset: ``DomainPairs(source, target)``, or a ``DomainStream``. Target labels are never read.
-        target_eval_dataset: Target examples for these scores; by default the first 1,000 that are trained on.
+        target_eval_dataset: Target examples for these scores; by default 1,000 of those that are trained on.
             ``False`` leaves the scores out.
         oracle_dataset: Labelled target examples, which every evaluation scores too, as ``eval_oracle_...``: to see
             what the choice without labels costs. Nothing else reads them.
@@ -76,13 +79,15 @@ class DomainTrainer(TransferTrainer):
         _domains_of(train_dataset)
         if target_eval_dataset is None and isinstance(train_dataset, DomainPairs):
             target = train_dataset.rows["target"]
-            target_eval_dataset = Subset(target, range(min(len(target), SCORED)))
+            target_eval_dataset = Subset(target, range(0, len(target), math.ceil(len(target) / SCORED)))
         super().__init__(model, args, train_dataset=train_dataset, **options)
         self.target_eval_dataset = target_eval_dataset
         self.oracle_dataset = oracle_dataset
         self._listening: Answers | None = None
         self._scores_domains = False
+        self._settle_choice()
         self._place = PooledFeatures(self.model, pooling if isinstance(pooling, str) else pooling[0])
+        self._place.listens = False
         self._chooses = loss_kind(self.model) == "classification" and problem_type(
             transformer_in(self.model).config
         ) in (None, "single_label_classification")
@@ -91,17 +96,11 @@ class DomainTrainer(TransferTrainer):
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         own = eval_dataset is None or eval_dataset is self.eval_dataset
-        if isinstance(self.eval_dataset, dict) or not own:
-            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        oracle = {}
-        if self.oracle_dataset is not None:
-            oracle = super().evaluate(self.oracle_dataset, ignore_keys, f"{metric_key_prefix}_oracle")
-        self._scores_domains = self.target_eval_dataset is not None and self.target_eval_dataset is not False
+        self._scores_domains = own and not isinstance(self.eval_dataset, dict)
         try:
-            metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         finally:
             self._scores_domains = False
-        return {**oracle, **metrics}
 
     def evaluation_loop(
         self,
@@ -115,17 +114,23 @@ class DomainTrainer(TransferTrainer):
             return super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
-        self._scores_domains, self._listening = False, Answers()
+        self._scores_domains, self._place.listens, self._listening = False, True, Answers()
+        arguments = (description, prediction_loss_only, ignore_keys)
         try:
-            output = super().evaluation_loop(
-                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-            )
-            source = self._listening
+            output = super().evaluation_loop(dataloader, *arguments, metric_key_prefix)
+            source, self._listening = self._listening, None
+            found: dict[str, float] = {}
+            if self.target_eval_dataset is not None and self.target_eval_dataset is not False:
+                # a test loader: the one for evaluation may be kept, and then serves any data set
+                found = label_free_scores(source, self._answers(self.get_test_dataloader(self.target_eval_dataset)))
         finally:
-            self._listening = None
+            self._listening, self._place.listens = None, False
+        scores = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        if self.oracle_dataset is not None:
+            loader, prefix = self.get_test_dataloader(self.oracle_dataset), f"{metric_key_prefix}_oracle"
+            scores |= super().evaluation_loop(loader, *arguments, prefix).metrics or {}
         if output.metrics is not None:
-            found = label_free_scores(source, self._answers(self.get_eval_dataloader(self.target_eval_dataset)))
-            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
+            output.metrics.update(scores)
         return output
 
     def compute_loss(
@@ -140,6 +145,19 @@ class DomainTrainer(TransferTrainer):
         if self._listening is not None:
             self._listen(self._listening, inputs, outputs, labels)
         return (loss, outputs) if return_outputs else loss
+
+    def _settle_choice(self) -> None:
+        """Which way the criterion for the best checkpoint is better, if it is one that needs no target labels."""
+        criterion = (self.args.metric_for_best_model or "").removeprefix("eval_")
+        if isinstance(self.eval_dataset, dict) and (self.oracle_dataset is not None or criterion in CRITERIA):
+            raise ConfigurationError(
+                "eval_dataset: found several; expected one, of source examples, for the scores of the target."
+            )
+        if criterion in CRITERIA and self.args.greater_is_better != CRITERIA[criterion]:
+            logger.warning(
+                "greater_is_better is set to %s, for that is what %s means.", CRITERIA[criterion], criterion
+            )
+            self.args.greater_is_better = CRITERIA[criterion]
 
     @torch.no_grad()
     def _answers(self, loader: DataLoader) -> Answers:

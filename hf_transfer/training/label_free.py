@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -20,11 +21,13 @@ from hf_transfer.scores import (
     mean_entropy,
     proxy_a_distance,
     soft_neighborhood_density,
+    target_probability,
 )
 from hf_transfer.tasks import IGNORED
 
 logger = logging.getLogger(__name__)
 
+SCORED = 1000  # examples of a domain in an evaluation
 FEWEST = 2  # examples of a domain that a classifier can be fitted without one half of
 
 CRITERIA = {
@@ -45,33 +48,44 @@ class Answers:
     logits: list[Tensor] = field(default_factory=list)
     labels: list[Tensor] = field(default_factory=list)
 
+    def of(self, what: str) -> Tensor | None:
+        """All of "features", "logits" or "labels", at most :data:`SCORED` examples, evenly taken."""
+        parts = getattr(self, what)
+        if not parts:
+            return None
+        rows = torch.cat(parts)
+        return rows[:: math.ceil(len(rows) / SCORED)]
+
     def add(self, features: Tensor, logits: Tensor | None, labels: Tensor | None) -> None:
         for parts, part in ((self.features, features), (self.logits, logits), (self.labels, labels)):
             if part is not None:
                 parts.append(part.detach().float().cpu() if part.is_floating_point() else part.cpu())
 
 
+def _finite(*tensors: Tensor) -> bool:
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
+
+
 def label_free_scores(source: Answers, target: Answers) -> dict[str, float]:
     """The scores of :data:`CRITERIA`; of a model that does not choose one class per example, the distance alone; of
-    fewer than two examples none.
+    fewer than two examples, or where features are no finite numbers, none.
 
     Args:
         source: Of labelled source examples that were not trained on.
         target: Of target examples.
     """
-    ours, theirs = torch.cat(source.features), torch.cat(target.features)
-    if min(len(ours), len(theirs)) < FEWEST:
-        logger.warning(
-            "No scores of the target: %d source and %d target examples are too few.", len(ours), len(theirs)
-        )
+    ours, theirs = source.of("features"), target.of("features")
+    if ours is None or theirs is None or min(len(ours), len(theirs)) < FEWEST or not _finite(ours, theirs):
+        logger.warning("No scores of the target: too few examples, or features that are no finite numbers.")
         return {}
-    scores = {"proxy_a_distance": proxy_a_distance(ours, theirs)}
-    if not source.logits or not source.labels or not target.logits:
+    probability = target_probability(ours, theirs)
+    scores = {"proxy_a_distance": proxy_a_distance(ours, theirs, probability=probability)}
+    labels, logits, guesses = source.of("labels"), source.of("logits"), target.of("logits")
+    if labels is None or labels.is_floating_point() or logits is None or guesses is None:
         return scores
-    labels, guesses = torch.cat(source.labels), torch.cat(target.logits)
     known = labels != IGNORED
-    losses = functional.cross_entropy(torch.cat(source.logits)[known], labels[known], reduction="none")
-    ratios = density_ratios(ours[known], theirs)
+    losses = functional.cross_entropy(logits[known], labels[known], reduction="none")
+    ratios = density_ratios(ours, theirs, probability=probability)[known]
     return {
         **scores,
         "importance_weighted_risk": importance_weighted_risk(losses, ratios),
@@ -110,7 +124,8 @@ def selections(
         raise ConfigurationError(f"criterion = {criterion!r}. {nearest(criterion, CRITERIA)}")
     by_step: dict[int, dict[str, Any]] = defaultdict(dict)
     for entry in log_history:
-        by_step[entry["step"]] |= entry  # the oracle's scores are an evaluation of their own
+        step = entry["step"]  # the oracle's scores are an entry of their own; the first is that of the checkpoint
+        by_step[step] = {**entry, **by_step[step]}
     entries = [entry for entry in by_step.values() if f"eval_{criterion}" in entry and f"eval_{metric}" in entry]
     if not entries:
         raise ConfigurationError(f"No evaluation has 'eval_{criterion}' and 'eval_{metric}': nothing to choose from.")

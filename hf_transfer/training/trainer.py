@@ -19,15 +19,16 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import has_length
 
 from hf_transfer.batches import EXAMPLE_INDEX
-from hf_transfer.data.domains import DOMAIN, DomainCollator, DomainPairs, DomainStream
+from hf_transfer.data.domains import DOMAIN, LABELS, DomainCollator, DomainPairs, DomainStream
 from hf_transfer.depth import named_parameters, original_name
 from hf_transfer.errors import ConfigurationError
 from hf_transfer.features import Precision, PrefixCache
 from hf_transfer.linear_head import LinearHead
 from hf_transfer.linear_loss import LinearLoss, linear_distillation_loss
-from hf_transfer.losses import labelled_loss, problem_type, shifts_labels, transformer_in
+from hf_transfer.losses import labelled_loss, loss_kind, problem_type, shifts_labels, transformer_in
 from hf_transfer.objectives.base import Objective
 from hf_transfer.objectives.distillation import TeacherPredictions
+from hf_transfer.pooling import HEAD
 from hf_transfer.schedules import GradualUnfreeze, Schedule, UnfreezeSchedule
 from hf_transfer.tasks import IGNORED
 from hf_transfer.training.rates import DepthRates, LearningRateBands
@@ -121,13 +122,9 @@ class TransferTrainer(Trainer):
         self._prefix_rows = self.train_dataset
         if self._index_readers:
             self.train_dataset, self._prefix_rows = self._indexed(self.train_dataset)
-        if self._pairs is not None and self.compute_loss_func is None:
-            problem = problem_type(transformer_in(self.model).config)
-            if problem in (
-                "regression",
-                "multi_label_classification",
-            ):  # transformers' loss would read -100 as a number
-                self.compute_loss_func = partial(labelled_loss, problem=problem)
+        if self._pairs is not None and self.compute_loss_func is None and loss_kind(self.model) == "classification":
+            if problem_type(transformer_in(self.model).config) != "single_label_classification":
+                self.compute_loss_func = labelled_loss  # the model's own may read -100 as a number
         self._loss_shifts_labels = shifts_labels(self.model)
         self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs and self._loss_shifts_labels
         if self._by_depth:
@@ -280,6 +277,8 @@ class TransferTrainer(Trainer):
             wanted = {column for objective in self.objectives for column in objective.columns}
             if self._index_readers:
                 wanted.add(EXAMPLE_INDEX)
+            if self._pairs is not None:
+                wanted.add(DOMAIN)
             self._objective_columns = wanted - set(own)
             own += sorted(self._objective_columns)
 
@@ -506,13 +505,31 @@ class TransferTrainer(Trainer):
             raise ConfigurationError(
                 f"frozen_prefix_cache: {readers[0]} reads hidden states or attentions that are not computed."
             )
+        elsewhere = [each.name for each in self.objectives if getattr(each, "pooling", (HEAD,)) != (HEAD,)]
+        if elsewhere:
+            raise ConfigurationError(
+                f"frozen_prefix_cache: {elsewhere[0]} takes features that may lie below the cut. Expected "
+                "pooling = 'head'."
+            )
         if self.is_fsdp_enabled:
             raise ConfigurationError("frozen_prefix_cache: FSDP shards the weights that the cache is named after.")
 
     def _refuse_domains(self) -> None:
         """Refuse objectives and data that do not know of the same domains."""
         pairs = self._pairs
+        if pairs is not None and (strange := set(self.label_names or ()) - set(LABELS)):
+            raise ConfigurationError(
+                f"train_dataset: '{strange.pop()}' holds labels, which would be read of the target."
+            )
+        if pairs is not None and loss_kind(self.model) is None:
+            raise ConfigurationError(
+                f"train_dataset: {type(transformer_in(self.model)).__name__} is not known to leave out what has no "
+                "label. Expected a classifier of examples or tokens, or a language model."
+            )
+        rows = self.args.per_device_train_batch_size * self.args.world_size
         for objective in self.objectives:
+            if (least := getattr(objective, "least_rows", 1)) > rows:
+                raise ConfigurationError(f"{objective.name}: {rows} pair in a batch, expected at least {least}.")
             if pairs is not None and EXAMPLE_INDEX in objective.columns:
                 raise ConfigurationError(f"{objective.name}: it knows of one data set's rows, not of domain pairs.")
             if pairs is not None and getattr(objective, "domains", pairs.domains) != pairs.domains:

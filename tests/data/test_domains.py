@@ -81,6 +81,9 @@ def test_target_labels_are_never_read():
             assert name != "labels"
             return super().__getitem__(name)
 
+        def items(self):
+            raise AssertionError("all items, labels among them")
+
     class Rows(list):
         pass
 
@@ -151,6 +154,26 @@ def test_bad_input_is_named(name):
     make, message = WRONG[name]
     with pytest.raises(ConfigurationError, match=message):
         make()
+
+
+def test_a_column_that_is_called_domain_is_no_ones_but_ours():
+    source = rows(range(3)).add_column("domain", ["books"] * 3)
+    pair = DomainPairs(source, rows(range(3)))[0]
+    assert all("domain" not in row for row in pair)
+    assert DomainCollator(collate)([pair])["domain"].tolist() == [0, 1]
+
+
+def test_labels_that_are_no_tensor_are_refused():
+    """Boxes of objects: the target would keep the source's."""
+    pairs = DomainPairs([{"x": 1, "labels": {"boxes": [1]}}], [{"x": 2}])
+    with pytest.raises(ConfigurationError, match="labels: found list in a batch, expected one tensor"):
+        DomainCollator(lambda rows: {"labels": [row["labels"] for row in rows]})([pairs[0]])
+
+
+def test_a_stream_is_not_read_by_workers():
+    pairs = DomainStream(stream(range(4)), stream(range(4)))
+    with pytest.raises(ConfigurationError, match="set dataloader_num_workers to 0"):
+        list(DataLoader(pairs, batch_size=2, num_workers=2, collate_fn=list))
 
 
 def test_pairs_index_like_a_list():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.nn import functional
+from transformers import EarlyStoppingCallback
 
 from hf_transfer.data.domains import DomainPairs
 from hf_transfer.errors import ConfigurationError
@@ -64,6 +65,60 @@ def test_the_scores_can_choose_the_best_checkpoint(tmp_path):
     assert trainer.evaluate()["eval_target_entropy"] == pytest.approx(min(scores), rel=1e-5)
 
 
+@pytest.mark.parametrize("given", [True, None])
+def test_which_way_is_better_is_known(tmp_path, given):
+    changes = {"metric_for_best_model": "deep_embedded_risk", "greater_is_better": given}
+    assert trainer_of(tmp_path, changes=changes).args.greater_is_better is False
+    changes = {"metric_for_best_model": "eval_soft_neighborhood_density"}
+    assert trainer_of(tmp_path, changes=changes).args.greater_is_better is True
+
+
+def test_workers_that_stay_do_not_mix_up_the_data_sets(tmp_path):
+    changes = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
+    oracle = rows(9, 5)
+    kept, plain = (trainer_of(tmp_path, oracle_dataset=oracle, changes=each).evaluate() for each in (changes, {}))
+    for name in ("eval_loss", "eval_oracle_loss", "eval_target_entropy", "eval_proxy_a_distance"):
+        assert kept[name] == pytest.approx(plain[name])
+    assert plain["eval_loss"] != plain["eval_oracle_loss"]
+
+
+def test_the_default_target_examples_are_spread_over_the_set(tmp_path):
+    data = DomainPairs(rows(16, 0), text_rows(2100, seed=1).remove_columns("domain"))
+    trainer = DomainAlignmentTrainer(tiny_bert(), arguments(tmp_path), train_dataset=data, data_collator=collate)
+    assert list(trainer.target_eval_dataset.indices)[:2] == [0, 3]
+    assert trainer.target_eval_dataset.indices[-1] > 2000
+
+
+def test_features_that_are_no_numbers_do_not_stop_the_run(tmp_path, caplog):
+    trainer = trainer_of(tmp_path)
+    with torch.no_grad():
+        trainer.model.bert.pooler.dense.weight.fill_(torch.nan)
+    assert "eval_proxy_a_distance" not in trainer.evaluate()
+    assert "no finite numbers" in caplog.text
+
+
+def test_several_sets_to_evaluate_on(tmp_path):
+    named = {"first": rows(6, 2), "second": rows(6, 3)}
+    found = trainer_of(tmp_path, eval_dataset=named).evaluate()
+    assert "eval_first_loss" in found
+    assert not any("entropy" in name for name in found)
+    with pytest.raises(ConfigurationError, match="eval_dataset: found several; expected one"):
+        trainer_of(tmp_path, eval_dataset=named, oracle_dataset=rows(6, 5))
+
+
+def test_early_stopping_goes_by_the_metric_it_was_told(tmp_path, caplog):
+    changes = {
+        "num_train_epochs": 4,
+        "eval_strategy": "epoch",
+        "save_strategy": "epoch",
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "target_entropy",
+    }
+    stop = EarlyStoppingCallback(early_stopping_patience=1)
+    trainer_of(tmp_path, oracle_dataset=rows(9, 5), callbacks=[stop], changes=changes).train()
+    assert "early stopping required" not in caplog.text
+
+
 def test_target_labels_are_read_for_the_oracle_alone(tmp_path):
     labelled = rows(9, 5)
     with_labels = trainer_of(tmp_path, oracle_dataset=labelled).evaluate()
@@ -113,6 +168,8 @@ def test_each_way_of_choosing_takes_its_own():
         "honest": {"step": 1, "source_accuracy": 0.7, "target_accuracy": 0.6},
         "oracle": {"step": 3, "source_accuracy": 0.8, "target_accuracy": 0.8},
     }
+    later = {"step": 3, "eval_accuracy": 0.1, "eval_target_entropy": 0.0, "eval_oracle_accuracy": 0.1}
+    assert selections([*HISTORY, later], **options)["honest"]["step"] == 1  # of the best checkpoint, loaded in the end
     blind = [{key: value for key, value in entry.items() if "oracle" not in key} for entry in HISTORY]
     assert selections(blind, **options) == {
         "source": {"step": 2, "source_accuracy": 0.9},
