@@ -3,7 +3,7 @@
     python scripts/experiments/distilled_language_model.py --data DATA [--out out/distilled_language_model]
 
 DATA holds models/stories3M-int8dq (a 3.1M-parameter Llama trained on TinyStories, 6 blocks) and
-corpora/tinystories_5k.jsonl.gz (karpathy/tinystories-gpt4-clean), of which 1,800 stories train, 200 choose and 200
+corpora/tinystories_5k.jsonl.gz (karpathy/tinystories-gpt4-clean), of which 1,000 stories train, 200 choose and 200
 report; the teacher has probably seen them all, the student sees the first. The student is two of the teacher's blocks
 under its embeddings and head. The learning rate is chosen for the student alone and shared; alpha and T are chosen for
 the online teacher and shared by the stored ones, which have the most probable 64 tokens with their tail, or 12 draws
@@ -39,7 +39,7 @@ from hf_transfer import (
 )
 from hf_transfer.tasks import bits_per_character, find_task
 
-STEPS, BATCH, BLOCK, LAYERS, TRAINED_ON = 150, 8, 256, 2, 1800
+STEPS, BATCH, BLOCK, LAYERS, TRAINED_ON = 100, 8, 256, 2, 1000
 RATES = (3e-4, 1e-3, 3e-3)
 SETTINGS = tuple(itertools.product((0.5, 1.0), (1.0, 2.0)))  # alpha, T
 
