@@ -101,7 +101,10 @@ def test_with_lora_and_unfreezing(values):
         changed(values, adapter={"method": "lora", "target_modules": ["query"]}, unfreeze={"until": 0.5})
     ).run()
     base = AutoModelForSequenceClassification.from_pretrained(values["model"]["name"], num_labels=2)
-    PeftModel.from_pretrained(base, result.folder)
+    adapted = PeftModel.from_pretrained(base, result.folder)
+    trained = [value for name, value in adapted.named_parameters() if "lora_B" in name]
+    assert trained
+    assert all(value.any() for value in trained)  # they start at zero
 
 
 def test_a_language_model_reads_two_domains(values, tmp_path):

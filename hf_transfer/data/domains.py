@@ -108,7 +108,7 @@ class DomainPairs(Dataset[DomainPair]):
                 raise ConfigurationError(f"{name}: expected a datasets.Dataset, found {type(rows).__name__}.")
             first = sum(map(len, numbered))
             numbered.append(rows.add_column(EXAMPLE_INDEX, list(range(first, first + len(rows)))))  # type: ignore[call-arg]
-        shared = [name for name in numbered[-1].column_names]
+        shared = numbered[-1].column_names  # the sources have labels beside these
         joined = datasets.concatenate_datasets([rows.select_columns(shared) for rows in numbered])
         pairs = DomainPairs(numbered[:-1], numbered[-1], seed=self.seed)
         pairs._epoch = self._epoch

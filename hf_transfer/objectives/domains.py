@@ -230,7 +230,7 @@ class DiscrepancyObjective(DomainObjective):
 
     def _discrepancy(self, source: list[Tensor], target: list[Tensor]) -> Tensor:
         """Of features (N, D) and (M, D), place by place."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define _discrepancy().")
 
 
 class MMD(DiscrepancyObjective):
