@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -11,18 +14,16 @@ from torch import Tensor
 
 from hf_transfer.errors import ConfigurationError
 from hf_transfer.functional import Divergence, check_divergence
-from hf_transfer.linear_blocks import (
-    Terms,
-    autograd_block,
-    cross_entropy_block,
-    forward_kl_block,
-)
+from hf_transfer.linear_blocks import BlockValues, Terms, autograd_block, cross_entropy_block, forward_kl_block
 from hf_transfer.targets import Samples, TopK
 from hf_transfer.tasks import IGNORED
 
+logger = logging.getLogger(__name__)
+
 _CACHED = 2**18  # numbers of a block; four blocks of float32 in 4 MiB
 _GPU_BLOCK = 2**25  # the same elsewhere: 128 MiB of float32
-_HELD = {"cpu": 2**24, "other": 2**27}  # logits of a chunk: 64 and 512 MiB of float32
+_HELD = {"cpu": 2**24, "other": 2**28}  # logits of a chunk: 64 MiB of float32, 512 MiB of bfloat16
+_MOST_ROWS = 4096  # of a chunk
 
 
 class TeacherHead(NamedTuple):
@@ -82,10 +83,13 @@ def linear_distillation_loss(
 
     Precision: the products run in the weights' type (under autocast in its type; float16 is raised to float32, whose
     range the unnormalised gradients need), softmax and sums in float32, or in float64 where the weights are. With
-    bfloat16 a chunk's share of the weight's gradient is rounded to bfloat16 once, and the shares add up in float32.
+    bfloat16 a chunk's share of the weight's gradient is rounded to bfloat16 once (not on a GPU), and the shares add up
+    in float32.
 
     ``forward_kl`` is the fast one (at T = 1 and 2 a single exponential serves both terms); the other kinds, and a
-    teacher with fewer tokens than the student, differentiate each block of rows with autograd.
+    teacher with fewer tokens than the student, differentiate each block of rows with autograd. On a CUDA GPU the
+    cross-entropy alone and ``forward_kl`` from a head run as one Triton kernel between the products; what else there
+    is runs there as it does on a CPU, which is logged once.
 
     Args:
         hidden: (N, D), each row what the head predicts ``labels`` at the same row from: shifted by the caller.
@@ -102,9 +106,9 @@ def linear_distillation_loss(
         beta: See :func:`~hf_transfer.functional.divergence`.
         normalizer: What the sums are divided by: by default the number of labels that are not -100 (at least 1);
             ``num_items_in_batch`` where a step has several micro-batches.
-        chunk_size: Rows whose logits are held at once; by default as many as make 64 MiB in float32 (a CPU; elsewhere
-            512), for a student and as much for a teacher's head: 128 rows of 128,256 tokens, 512 of 32,000. Matrix
-            products of fewer rows are slower, of more hardly faster.
+        chunk_size: Rows whose logits are held at once; by default at most 4,096 and as many as make 64 MiB in float32,
+            for a student and as much for a teacher's head: 128 rows of 128,256 tokens, 512 of 32,000. On a GPU 16
+            times as many. Matrix products of fewer rows are slower, of more hardly faster.
 
     Raises:
         ConfigurationError: Shapes that do not fit, a token outside the vocabulary, a divergence that cannot be
@@ -208,10 +212,13 @@ def _evaluate(
     hidden: Tensor, head: _Head, teacher: _Head | None, job: _Job
 ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
     """Mean cross-entropy, mean divergence with its factor, and the wanted gradients, all summed in float32."""
-    sums = torch.promote_types(head.dtype, torch.float32)
+    sums = block_type = torch.promote_types(head.dtype, torch.float32)
     size, block_size = job.chunk_size, _block_size(hidden.device, len(head.weight))
-    scale = 1.0
-    if teacher is not None and (job.terms.kind != "forward_kl" or len(teacher.weight) < len(head.weight)):
+    scale, kernel = 1.0, _kernel(head, job)
+    if kernel is not None:
+        scale, block_loss = 1 / job.terms.temperature, partial(kernel, job.terms)
+        block_size, block_type = size, head.dtype
+    elif teacher is not None and (job.terms.kind != "forward_kl" or len(teacher.weight) < len(head.weight)):
         block_loss = partial(autograd_block, job.terms)
     else:
         blocks = 1 if teacher is None else 2
@@ -238,11 +245,8 @@ def _evaluate(
         chunk_values = values[:, start : start + size]
         for first in range(0, len(rows), block_size):
             block = slice(first, first + block_size)
-            wide = logits[block].to(sums)  # the rows themselves where they have the type of the sums
-            known = _take(target, block)
-            if isinstance(known, Tensor):
-                known = known.to(sums)
-            block_values = block_loss(wide, labels[block], known)
+            wide = logits[block].to(block_type)  # the rows themselves where they have that type
+            block_values = block_loss(wide, labels[block], _take(target, block))
             chunk_values[:, block] = torch.stack(block_values)
             if wide.dtype != logits.dtype:
                 logits[block] = wide
@@ -263,9 +267,37 @@ def _take(target: Any, rows: Tensor | slice) -> Any:
     return None if target is None else target[rows]
 
 
+def _kernel(head: _Head, job: _Job) -> Callable[..., BlockValues] | None:
+    """The one kernel that the loss of a block is on a GPU, if it has one."""
+    device = head.weight.device
+    if device.type != "cuda" or head.dtype == torch.float64:
+        return None
+    if job.teacher is not None and not isinstance(job.teacher, TeacherHead):
+        reason = "there is none for a stored teacher"
+    elif job.teacher is not None and job.terms.kind != "forward_kl":
+        reason = f"there is none for '{job.terms.kind}'"
+    elif find_spec("triton") is None:
+        reason = "Triton is not installed"
+    elif torch.cuda.get_device_capability(device) < (7, 0):
+        reason = f"{torch.cuda.get_device_name(device)} is older than what Triton supports"
+    else:
+        from hf_transfer.linear_kernels import triton_block
+
+        return triton_block
+    _say_once(f"The loss runs in some twenty operations on the GPU, not as one kernel: {reason}.")
+    return None
+
+
+@cache
+def _say_once(message: str) -> None:
+    logger.warning(message)
+
+
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     if total.dtype == left.dtype:
         total.addmm_(left, right)
+    elif total.is_cuda:
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)  # rounded nowhere between
     else:
         total.add_(left @ right)
 
@@ -273,7 +305,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 def _chunk_size(weight: Tensor) -> int:
     """Rows, a multiple of 64, whose logits are held at once."""
     held = _HELD.get(weight.device.type, _HELD["other"])
-    return max(held // len(weight) // 64, 1) * 64
+    return min(max(held // len(weight) // 64, 1) * 64, _MOST_ROWS)
 
 
 def _block_size(device: torch.device, vocabulary: int) -> int:
