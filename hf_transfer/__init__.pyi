@@ -1,8 +1,8 @@
 from .adapt import DomainAdversarialRecipe, DomainAlignmentRecipe
 from .compare import CompareRecipe
 from .data.domains import DomainPairs, DomainStream
+from .data.spec import DataSpec
 from .data.teacher_tokens import TeacherCollator, add_teacher_tokens
-from .data.text import TextData
 from .depth import block_names, embedding_names, head_names, parameter_depths
 from .distill import DistillationRecipe
 from .errors import ConfigurationError
@@ -78,7 +78,7 @@ __all__ = [
     "StoredDistillation",
     "TeacherCollator",
     "TeacherStore",
-    "TextData",
+    "DataSpec",
     "TopLevels",
     "TransferTrainer",
     "add_mean_pooling",

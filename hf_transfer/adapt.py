@@ -1,17 +1,17 @@
-"""The recipes of domain adaptation: labelled texts of one domain, unlabelled ones of another."""
+"""The recipes of domain adaptation: labelled examples of one domain, unlabelled ones of another."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from hf_transfer.data.domain_texts import DomainTextData
+from hf_transfer.data.domain_spec import DomainDataSpec
 from hf_transfer.discrepancy import MULTIPLES
 from hf_transfer.recipe import FineTuneRecipe
 from hf_transfer.schedules import Ramp, Schedule
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+    from transformers import PreTrainedModel, TrainingArguments
 
     from hf_transfer.data.prepared import PreparedData
     from hf_transfer.tasks import Metrics
@@ -29,14 +29,14 @@ class DomainRecipe(FineTuneRecipe):
     ``honest``, by ``criterion``; and where the target has labelled test data, ``oracle``, by those.
 
     Args:
-        data: Source and target texts. A batch size counts pairs of one of each.
+        data: Source and target examples. A batch size counts pairs of one of each.
         criterion: What ``honest`` goes by. To keep that checkpoint, set ``training.load_best_model_at_end`` and
             ``training.metric_for_best_model``.
     """
 
     two_domains: ClassVar[bool] = True
 
-    data: DomainTextData  # type: ignore[assignment]
+    data: DomainDataSpec  # type: ignore[assignment]
     criterion: Literal[
         "deep_embedded_risk",
         "importance_weighted_risk",
@@ -45,10 +45,10 @@ class DomainRecipe(FineTuneRecipe):
         "proxy_a_distance",
     ] = "deep_embedded_risk"
 
-    def _prepare(self, arguments: TrainingArguments) -> tuple[PreTrainedTokenizerBase, PreparedData, Metrics]:
-        tokenizer, data, metrics = super()._prepare(arguments)
+    def _prepare(self, arguments: TrainingArguments) -> tuple[Any, PreparedData, Metrics]:
+        processor, data, metrics = super()._prepare(arguments)
         self._oracle = data.test
-        return tokenizer, data, metrics
+        return processor, data, metrics
 
     def _findings(self, trainer: TransferTrainer, scored: Metrics) -> dict[str, Any]:
         from hf_transfer.training.label_free import selections

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hf_transfer.activations import columns_digest, tensors_digest
+from hf_transfer.activations import columns_digest, fingerprint, tensors_digest
 from hf_transfer.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -26,7 +26,8 @@ class Batches:
     """Any rows of a data set, collated: ``batches[rows]``, with rows (B,), is what the model reads of them.
 
     Args:
-        dataset: Tokenised (or otherwise prepared) examples.
+        dataset: Tokenised (or otherwise prepared) examples. A transform set on the fly must tell what it does by a
+            method ``digest(dataset)``, as that of images and sounds (``hf_transfer.data.media``).
         data_collator: Makes a padded batch of examples, the same each time.
         main_input: The column that there must be, and whose length an example's is.
         inputs: What is kept of a batch.
@@ -34,7 +35,7 @@ class Batches:
         device: Where batches are put.
 
     Raises:
-        ConfigurationError: The content of ``dataset`` cannot be named (a stream, a transform on the fly), or it has
+        ConfigurationError: The content of ``dataset`` cannot be named (a stream, another transform), or it has
             no column ``main_input``.
     """
 
@@ -50,11 +51,13 @@ class Batches:
     ) -> None:
         from datasets import Dataset
 
-        if not isinstance(dataset, Dataset) or dataset.format["type"] == "custom":
+        transform = dataset.format["format_kwargs"].get("transform") if isinstance(dataset, Dataset) else None
+        if not isinstance(dataset, Dataset) or (transform is not None and not hasattr(transform, "digest")):
             raise ConfigurationError(
                 f"dataset: found {type(dataset).__name__}, expected a datasets.Dataset without a transform set on the "
                 "fly (apply that with map): the content names the cache."
             )
+        self._transform = transform
         self._inputs = set(inputs)
         self._columns = [name for name in dataset.column_names if name in self._inputs]
         if main_input not in self._columns:
@@ -93,8 +96,11 @@ class Batches:
         return batch, digest
 
     def digest(self) -> str:
-        """A digest of the columns that become the model's inputs."""
-        return columns_digest(self._dataset, self._columns)
+        """A digest of the columns that become the model's inputs, and of what is done to them when they are read."""
+        content = columns_digest(self._dataset, self._columns)
+        if self._transform is None:
+            return content
+        return fingerprint(content, self._transform.digest(self._dataset))
 
     def by_length(self) -> Tensor:
         """The rows from the shortest to the longest; as they are where a row of the main input has no length."""

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from hf_transfer.errors import ConfigurationError
 from hf_transfer.functional import check_divergence
-from hf_transfer.models import TeacherSpec, load_tokenizer, load_trained
+from hf_transfer.models import TeacherSpec, load_processor, load_trained
 from hf_transfer.recipe import FineTuneRecipe
+from hf_transfer.tasks import find_task
 from hf_transfer.vocabularies import shared_vocabulary
 
 if TYPE_CHECKING:
@@ -116,10 +117,8 @@ class DistillationRecipe(FineTuneRecipe):
         arguments = self._arguments()
         if arguments.world_size > 1:
             raise ConfigurationError("hf-transfer teach runs in one process: leave out the launcher.")
-        tokenizer, data, _ = super()._prepare(arguments)
-        teacher_tokenizer = load_tokenizer(self.teacher)
-        shared = shared_vocabulary(tokenizer, teacher_tokenizer)
-        _refuse_pairs(data, tokenizer, teacher_tokenizer)
+        processor, data, _ = super()._prepare(arguments)
+        _, shared = self._teacher_reads(processor, data)
         samples = self.store.form == "samples"
         return TeacherStore.build(
             self._load_teacher(arguments),
@@ -132,15 +131,15 @@ class DistillationRecipe(FineTuneRecipe):
             seed=self.store.seed,
             temperature=self.temperature if samples else 1.0,
             batch_size=arguments.per_device_eval_batch_size,
-            tokenizer=tokenizer,
+            tokenizer=processor,
             name=self.teacher.name,
             vocabulary=shared if self.model.task == "causal-lm" else None,
         )
 
-    def _prepare(self, arguments: TrainingArguments) -> tuple[PreTrainedTokenizerBase, PreparedData, Metrics]:
+    def _prepare(self, arguments: TrainingArguments) -> tuple[Any, PreparedData, Metrics]:
         from hf_transfer.teacher_store import TeacherStore
 
-        tokenizer, data, metrics = super()._prepare(arguments)
+        processor, data, metrics = super()._prepare(arguments)
         self._teacher_tokenizer, self._stored = None, None
         if self.store is not None:
             settings = {key: getattr(self.store, key) for key in ("form", "k", "draws", "seed")}
@@ -148,15 +147,31 @@ class DistillationRecipe(FineTuneRecipe):
                 self.store.directory,
                 data.train,
                 data.collator,
-                tokenizer=tokenizer,
+                tokenizer=processor,
                 name=self.teacher.name,
                 **settings,
             )
         else:
-            self._teacher_tokenizer = load_tokenizer(self.teacher)
-            shared_vocabulary(tokenizer, self._teacher_tokenizer)
-            _refuse_pairs(data, tokenizer, self._teacher_tokenizer)
-        return tokenizer, data, metrics
+            self._teacher_tokenizer, _ = self._teacher_reads(processor, data)
+        return processor, data, metrics
+
+    def _teacher_reads(self, processor: Any, data: PreparedData) -> tuple[PreTrainedTokenizerBase | None, int | None]:
+        """The teacher's tokenizer and how many tokens it shares with the student, where they read texts; refuses a
+        teacher that would misread the student's batches."""
+        theirs = load_processor(self.teacher)
+        if find_task(self.model.task).reads == "text":
+            shared = shared_vocabulary(processor, theirs)
+            _refuse_pairs(data, processor, theirs)
+            return theirs, shared
+        ours, expected = processor.to_dict(), theirs.to_dict()
+        different = sorted(key for key in {*ours, *expected} - NOT_READ if ours.get(key) != expected.get(key))
+        if different:
+            key = different[0]
+            raise ConfigurationError(
+                f"teacher: its processor has {key} = {expected.get(key)!r}, the student's {ours.get(key)!r}. Both "
+                "read the same batch: expected the same processor."
+            )
+        return None, None
 
     def _load_teacher(self, arguments: TrainingArguments) -> PreTrainedModel:
         teacher = load_trained(self.teacher)
@@ -184,6 +199,10 @@ class DistillationRecipe(FineTuneRecipe):
             **self._trainer_options(teacher=teacher),
             **options,
         )
+
+
+NOT_READ = frozenset({"image_processor_type", "feature_extractor_type", "processor_class"})
+"""What a processor says of itself that changes nothing of its output."""
 
 
 def _refuse_pairs(data: PreparedData, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:

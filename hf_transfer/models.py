@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 SHOWN = 4  # weights named in a message
 _NEW_POOLER = "_new_pooler"
+_MEDIA = {"image": ("PIL", "vision", "AutoImageProcessor"), "audio": ("soundfile", "audio", "AutoFeatureExtractor")}
 
 logger = logging.getLogger(__name__)
 
@@ -130,6 +131,30 @@ def load_tokenizer(spec: ModelSpec, *, base_dir: str | Path = ".") -> PreTrained
     if longest and longest > 0:
         tokenizer.model_max_length = min(tokenizer.model_max_length, longest)
     return tokenizer
+
+
+def load_processor(spec: ModelSpec, *, base_dir: str | Path = ".") -> Any:
+    """What makes the model's inputs: its tokenizer (see `load_tokenizer`), image processor or feature extractor.
+
+    Raises:
+        ConfigurationError: There is none, or a package that it needs is not installed.
+    """
+    reads = find_task(spec.task).reads
+    if reads == "text":
+        return load_tokenizer(spec, base_dir=base_dir)
+    import transformers
+
+    package, extra, cls = _MEDIA[reads]
+    if importlib.util.find_spec(package) is None:
+        raise ConfigurationError(
+            f"{spec.section}.task = '{spec.task}': it needs {package}: pip install 'hf-transfer-learning[{extra}]'"
+        )
+    location = resolve(spec.name, revision=spec.revision, base_dir=base_dir, section=spec.section)
+    _load_config(spec, location)
+    with _one_line_errors(spec, f"it has no {cls.removeprefix('Auto')} that can be loaded"):
+        return getattr(transformers, cls).from_pretrained(
+            location, revision=spec.revision, trust_remote_code=spec.trust_remote_code
+        )
 
 
 def load_model(

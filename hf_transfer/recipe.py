@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 import yaml
 
 from hf_transfer import schema
-from hf_transfer.data.text import TextData
+from hf_transfer.data.spec import DataSpec
 from hf_transfer.environment import versions
 from hf_transfer.errors import ConfigurationError, nearest
-from hf_transfer.models import ModelSpec, load_model, load_tokenizer, new_modules
+from hf_transfer.models import ModelSpec, load_model, load_processor, new_modules
 from hf_transfer.report import RunFolder, is_main_process
 from hf_transfer.schedules import GradualUnfreeze, Schedule, TopLevels
 from hf_transfer.schema import Checked, apply_overrides, bind, construct, plain
@@ -28,7 +28,7 @@ from hf_transfer.training.rates import DepthRates, LearningRateBands
 if TYPE_CHECKING:
     from datasets import Dataset
     from peft import PeftConfig, PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+    from transformers import PreTrainedModel, TrainingArguments
 
     from hf_transfer.data.prepared import PreparedData
     from hf_transfer.training.trainer import TransferTrainer
@@ -199,12 +199,12 @@ class TrainingRecipe(Recipe):
 
     Args:
         model: The pretrained model and the task it is to learn.
-        data: The texts to learn it from.
+        data: The examples to learn it from.
         training: Options of ``transformers.TrainingArguments``; ``output_dir`` is the run folder.
     """
 
     model: ModelSpec
-    data: TextData
+    data: DataSpec
     training: Annotated[dict[str, Any], Checked(_training_options)]
 
     learns_without_labels: ClassVar[bool] = False
@@ -316,20 +316,21 @@ class TrainingRecipe(Recipe):
         except (ValueError, ImportError) as error:
             raise ConfigurationError(f"training: {_one_line(error)}") from error
 
-    def _prepare(self, arguments: TrainingArguments) -> tuple[PreTrainedTokenizerBase, PreparedData, Metrics]:
+    def _prepare(self, arguments: TrainingArguments) -> tuple[Any, PreparedData, Metrics]:
+        """The model's processor, the data that it has encoded, and how they are scored."""
         task = find_task(self.model.task)
-        tokenizer = load_tokenizer(self.model)
+        processor = load_processor(self.model)
         with arguments.main_process_first(desc="preparing the data"):
-            data = self.data.prepare(self.data.load(task=task.name), tokenizer, task=task.name)
+            data = self.data.prepare(self.data.load(task=task.name), processor, task=task.name)
         metrics = task.metrics(data.problem_type, data.label_names)
         self._settle_evaluation(arguments, data, metrics)
-        return tokenizer, data, metrics
+        return processor, data, metrics
 
     def _build(self, arguments: TrainingArguments) -> tuple[TransferTrainer, PreparedData, Metrics]:
-        tokenizer, data, metrics = self._prepare(arguments)
+        processor, data, metrics = self._prepare(arguments)
         model = load_model(
             self.model,
-            tokenizer=tokenizer,
+            tokenizer=processor if find_task(self.model.task).reads == "text" else None,
             label_names=data.label_names,
             problem_type=data.problem_type,
             seed=arguments.seed,
@@ -339,7 +340,7 @@ class TrainingRecipe(Recipe):
             arguments,
             train_dataset=data.train,
             eval_dataset=data.validation,
-            processing_class=tokenizer,
+            processing_class=processor,
             data_collator=data.collator,
             compute_metrics=metrics.compute,
             preprocess_logits_for_metrics=find_task(self.model.task).preprocess_logits_for_metrics,
@@ -564,7 +565,7 @@ class LoraRecipe(FineTuneRecipe):
 
 
 def _adapter_config(options: Mapping[str, Any], task: str) -> PeftConfig:
-    keywords = {"task_type": PEFT_TASK_TYPES[task], **options}
+    keywords = {"task_type": PEFT_TASK_TYPES.get(task), **options}
     cls = adapter_class(keywords.pop("method"))
     try:
         return cls(**keywords)

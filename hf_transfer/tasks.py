@@ -15,7 +15,10 @@ if TYPE_CHECKING:
     import torch
     from transformers import EvalPrediction, PreTrainedTokenizerBase
 
-TaskName = Literal["sequence-classification", "token-classification", "causal-lm"]
+TaskName = Literal[
+    "sequence-classification", "token-classification", "causal-lm", "image-classification", "audio-classification"
+]
+Inputs = Literal["text", "image", "audio"]
 ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
 
 IGNORED = -100  # the label that transformers' losses leave out
@@ -46,18 +49,21 @@ class Task:
 
     Args:
         name: The key in `TASKS`, as recipes write it.
+        reads: What an example is.
         auto_class: The name of the transformers auto class that builds the model.
         new_head: Whether a head that the checkpoint lacks is expected; a language model must bring its own.
-        collator: Makes the data collator from a tokenizer. Padding is dynamic: to the longest example of a batch.
+        collator: Makes the data collator from the model's processor. Padding is dynamic: to the longest example of a
+            batch.
         metrics: Makes the `Metrics` from the problem type and the label names.
         preprocess_logits_for_metrics: Reduces a batch's ``(logits, labels)`` on its device before the Trainer gathers
             and keeps them, so that evaluation holds a few numbers per example or token instead of all logits.
     """
 
     name: TaskName
+    reads: Inputs
     auto_class: str
     new_head: bool
-    collator: Callable[[PreTrainedTokenizerBase], Any]
+    collator: Callable[[Any], Any]
     metrics: Callable[[ProblemType | None, Sequence[str]], Metrics]
     preprocess_logits_for_metrics: Callable[[Any, torch.Tensor], torch.Tensor]
 
@@ -261,6 +267,26 @@ def _pad_inputs(tokenizer: PreTrainedTokenizerBase) -> Any:
     return DataCollatorWithPadding(tokenizer)
 
 
+def _stack_images(processor: Any) -> Any:
+    from transformers import default_data_collator
+
+    return default_data_collator
+
+
+def _pad_sounds(processor: Any) -> Any:
+    return partial(_padded_sounds, processor)
+
+
+def _padded_sounds(extractor: Any, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """A batch whose sounds are as long as its longest, with a mask where the model reads one."""
+    from transformers import default_data_collator
+
+    name = extractor.model_input_names[0]
+    sounds = extractor.pad({name: [row[name] for row in examples]}, return_tensors="pt")
+    rest = [{column: row[column] for column in row if column != name} for row in examples]
+    return {**sounds, **(default_data_collator(rest) if rest[0] else {})}
+
+
 def _pad_inputs_and_labels(tokenizer: PreTrainedTokenizerBase) -> Any:
     """Also for language models: DataCollatorForLanguageModeling hides every label that equals the padding token, thus
     the end-of-text token of each model that pads with it."""
@@ -274,6 +300,7 @@ TASKS: dict[str, Task] = {
     for task in (
         Task(
             name="sequence-classification",
+            reads="text",
             auto_class="AutoModelForSequenceClassification",
             new_head=True,
             collator=_pad_inputs,
@@ -282,6 +309,7 @@ TASKS: dict[str, Task] = {
         ),
         Task(
             name="token-classification",
+            reads="text",
             auto_class="AutoModelForTokenClassification",
             new_head=True,
             collator=_pad_inputs_and_labels,
@@ -290,11 +318,30 @@ TASKS: dict[str, Task] = {
         ),
         Task(
             name="causal-lm",
+            reads="text",
             auto_class="AutoModelForCausalLM",
             new_head=False,
             collator=_pad_inputs_and_labels,
             metrics=_language_model_metrics,
             preprocess_logits_for_metrics=language_model_sums,
+        ),
+        Task(
+            name="image-classification",
+            reads="image",
+            auto_class="AutoModelForImageClassification",
+            new_head=True,
+            collator=_stack_images,
+            metrics=_sequence_metrics,
+            preprocess_logits_for_metrics=_keep_logits,
+        ),
+        Task(
+            name="audio-classification",
+            reads="audio",
+            auto_class="AutoModelForAudioClassification",
+            new_head=True,
+            collator=_pad_sounds,
+            metrics=_sequence_metrics,
+            preprocess_logits_for_metrics=_keep_logits,
         ),
     )
 }

@@ -291,8 +291,10 @@ def _form(identity: Mapping[str, Any]) -> Form:
     return kind(**{field.name: identity[field.name] for field in fields(kind)})
 
 
-def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase | None) -> str | None:
-    return None if tokenizer is None else fingerprint(tokenizer.get_vocab(), tokenizer.special_tokens_map)
+def _tokenizer_digest(tokenizer: Any) -> str | None:
+    if tokenizer is None or hasattr(tokenizer, "get_vocab"):
+        return None if tokenizer is None else fingerprint(tokenizer.get_vocab(), tokenizer.special_tokens_map)
+    return fingerprint(tokenizer.to_dict())
 
 
 def _read_manifest(root: Path) -> dict[str, Any]:

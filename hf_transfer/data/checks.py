@@ -1,4 +1,4 @@
-"""Whether raw texts can be used at all, found out before anything is tokenised."""
+"""Whether raw examples can be used at all, found out before anything is encoded."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ ROLES: dict[str, tuple[str, ...]] = {  # the columns each task reads; of these, 
     "sequence-classification": ("text", "text_pair", "label"),
     "token-classification": ("tokens", "tags"),
     "causal-lm": ("text",),
+    "image-classification": ("image", "label"),
+    "audio-classification": ("audio", "label"),
 }
 OPTIONAL = ("text_pair",)
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 DataFiles = str | list[str] | dict[str, str | list[str]]
 
-FILE_FORMATS = ("json", "csv", "parquet", "text")
+FILE_FORMATS = ("json", "csv", "parquet", "text", "imagefolder", "audiofolder")
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt")
 
 
@@ -55,6 +55,8 @@ def read_dataset(
             f"data.path = '{path}': expected a Hub id, a folder or a format ({', '.join(FILE_FORMATS)}); "
             "files go into data.data_files."
         )
+    if path == "audiofolder":  # paths: as Audio they would need torchcodec, and that FFmpeg
+        options["features"] = datasets.Features({"audio": datasets.Value("string"), "label": datasets.Value("string")})
     try:
         return datasets.load_dataset(path, data_dir=data_dir, data_files=data_files, **options)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SplitSummary:
-    """What tokenising did to one split.
+    """What encoding did to one split; of images and sounds there is no more to tell than how many.
 
     Args:
         examples: Rows of the raw data (documents, for language modelling).
@@ -28,10 +28,10 @@ class SplitSummary:
 
     examples: int
     rows: int
-    kept: int
-    lost: int
-    truncated: int
-    characters: int
+    kept: int = 0
+    lost: int = 0
+    truncated: int = 0
+    characters: int = 0
     seen_in_train: int = 0
 
     @property
@@ -42,17 +42,17 @@ class SplitSummary:
 
 @dataclass(frozen=True)
 class PreparedData:
-    """Tokenised splits and all a model and a Trainer must know of them.
+    """Encoded splits and all a model and a Trainer must know of them.
 
     Args:
-        train: A ``Dataset`` of model inputs and ``labels``, nothing else; texts without a label come last, labelled
+        train: A ``Dataset`` of model inputs and ``labels``, nothing else; examples without a label come last, labelled
             -100. Of two domains, ``DomainPairs`` of such.
         validation: The same, or ``None`` where nothing was held out.
         test: The same, or ``None`` where there is no test split.
         label_names: In the order of their ids; empty for regression and language modelling.
-        problem_type: Of sequence classification, otherwise ``None``.
+        problem_type: Of classification, otherwise ``None``.
         collator: Pads a batch to its longest row.
-        length: The number of tokens that rows were cut to or packed into.
+        length: The number of tokens that rows were cut to or packed into; 0 for images and sounds.
         summaries: What happened to each split.
         notes: What the reader of a result should know of the data.
         pairs: Whether an example is two texts.
@@ -74,7 +74,8 @@ class PreparedData:
         lines = []
         for split, summary in self.summaries.items():
             rows = "" if summary.rows == summary.examples else f" in {summary.rows:,} rows"
-            line = f"{split}: {summary.examples:,} examples{rows}, {summary.kept:,} tokens"
+            tokens = f", {summary.kept:,} tokens" if summary.kept else ""
+            line = f"{split}: {summary.examples:,} examples{rows}{tokens}"
             if summary.lost:
                 share = summary.lost / (summary.kept + summary.lost)
                 line += f"; {summary.truncated:,} lost {summary.lost:,} more ({share:.1%}) at length {self.length}"

@@ -28,10 +28,10 @@ from transformers import TrainingArguments
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from hf_transfer import (
+    DataSpec,
     DistillationTrainer,
     ModelSpec,
     TeacherStore,
-    TextData,
     TransferTrainer,
     load_tokenizer,
     load_trained,
@@ -59,7 +59,7 @@ class Experiment:
         spec = ModelSpec(str(data / "models/stories3M-int8dq"), task="causal-lm")
         self.tokenizer = load_tokenizer(spec)
         self.teacher = load_trained(spec)
-        section = TextData(path="text", block_size=BLOCK)
+        section = DataSpec(path="text", block_size=BLOCK)
         self.data = section.prepare(read_texts(data), self.tokenizer, task="causal-lm")
 
     def run(self, arm: str, seed: int, rate: float, alpha: float = 0.0, temperature: float = 1.0) -> dict[str, float]:

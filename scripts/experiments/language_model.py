@@ -24,7 +24,7 @@ from transformers import TrainingArguments, set_seed
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from hf_transfer import L2SP, GradualUnfreeze, ModelSpec, TextData, TransferTrainer, load_model, load_tokenizer
+from hf_transfer import L2SP, DataSpec, GradualUnfreeze, ModelSpec, TransferTrainer, load_model, load_tokenizer
 from hf_transfer.tasks import bits_per_character, find_task
 
 STEPS, BATCH, BLOCK = 150, 8, 256
@@ -58,7 +58,7 @@ class Experiment:
         self.out = out
         self.spec = ModelSpec(name=model, task="causal-lm")
         self.tokenizer = load_tokenizer(self.spec)
-        section = TextData(path="text", block_size=BLOCK)
+        section = DataSpec(path="text", block_size=BLOCK)
         texts = read_texts(data)
         source = texts.pop("source")
         self.target = section.prepare(texts, self.tokenizer, task="causal-lm")

@@ -11,7 +11,7 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, DatasetInfo, Features, Value
 from transformers import AutoTokenizer
 
-from hf_transfer.data.text import TextData
+from hf_transfer.data.spec import DataSpec
 from hf_transfer.errors import ConfigurationError
 from hf_transfer.schema import construct
 from tests.folders import WORDS, write_rows, write_tokenizer
@@ -46,7 +46,7 @@ def splits_of(train, **others) -> DatasetDict:
 
 
 def prepare(raw, tokenizer, *, task=SEQUENCES, **options):
-    return TextData(path="json", **options).prepare(raw, tokenizer, task=task)
+    return DataSpec(path="json", **options).prepare(raw, tokenizer, task=task)
 
 
 class TestReading:
@@ -58,7 +58,7 @@ class TestReading:
             "data_files": {"train": "train.jsonl", "test": "test.jsonl"},
             "columns": {"text": "sentence", "label": "topic"},
         }
-        raw = construct(TextData, section, where="data").load(task=SEQUENCES, base_dir=tmp_path)
+        raw = construct(DataSpec, section, where="data").load(task=SEQUENCES, base_dir=tmp_path)
         assert {split: len(rows) for split, rows in raw.items()} == {"train": 18, "validation": 2, "test": 3}
         assert raw["test"][0] == {"text": "bad", "label": "b"}
 
@@ -76,17 +76,17 @@ class TestReading:
             separator = "\t" if name.endswith(".tsv") else ","
             file.write_text("\n".join(separator.join(row) for row in [("text", "label"), *(r.values() for r in rows)]))
         path = {"tsv": "csv", "jsonl": "json", "gz": "json"}.get(file.suffix[1:], file.suffix[1:])
-        raw = TextData(path=path, data_files=name, validation=0).load(task=SEQUENCES, base_dir=tmp_path)
+        raw = DataSpec(path=path, data_files=name, validation=0).load(task=SEQUENCES, base_dir=tmp_path)
         assert raw["train"].to_list() == rows
 
     def test_words_that_look_like_missing_values_are_words(self, tmp_path):
         (tmp_path / "rows.csv").write_text("text,label\nNA,None\nnull,n/a\n")
-        raw = TextData(path="csv", data_files="rows.csv", validation=0).load(task=SEQUENCES, base_dir=tmp_path)
+        raw = DataSpec(path="csv", data_files="rows.csv", validation=0).load(task=SEQUENCES, base_dir=tmp_path)
         assert raw["train"].to_list() == [{"text": "NA", "label": "None"}, {"text": "null", "label": "n/a"}]
 
     def test_an_empty_field_is_missing(self, tmp_path, tokenizer):
         (tmp_path / "rows.csv").write_text("text,label\na,1\nb,\n")
-        data = TextData(path="csv", data_files="rows.csv", validation=0)
+        data = DataSpec(path="csv", data_files="rows.csv", validation=0)
         with pytest.raises(ConfigurationError, match="'label' of 'train' is missing in 1 of 2 rows"):
             data.prepare(data.load(task=SEQUENCES, base_dir=tmp_path), tokenizer, task=SEQUENCES)
 
@@ -94,19 +94,19 @@ class TestReading:
         (tmp_path / "parts").mkdir()
         for part in "ab":
             write_rows(tmp_path / "parts" / f"{part}.jsonl", rows_of("xy"))
-        data = TextData(path="json", data_dir="parts", data_files="*.jsonl", validation=0)
+        data = DataSpec(path="json", data_dir="parts", data_files="*.jsonl", validation=0)
         assert len(data.load(task=SEQUENCES, base_dir=tmp_path)["train"]) == 4
 
     def test_nothing_is_written_beside_the_data(self, tmp_path, tokenizer, cache):
         write_rows(tmp_path / "train.jsonl", rows_of(["x", "y"] * 10))
-        data = TextData(path="json", data_files="train.jsonl", train_size=4)
+        data = DataSpec(path="json", data_files="train.jsonl", train_size=4)
         data.prepare(data.load(task=SEQUENCES, base_dir=tmp_path), tokenizer, task=SEQUENCES)
         assert {path.name for path in tmp_path.iterdir()} == {"train.jsonl", "cache"}
         assert cache.is_dir()
 
     def test_the_same_data_are_tokenised_once(self, tmp_path, tokenizer):
         write_rows(tmp_path / "train.jsonl", rows_of(["x", "y"] * 10, text="the film {} was very very good and long"))
-        data = TextData(path="json", data_files="train.jsonl", max_length=6)
+        data = DataSpec(path="json", data_files="train.jsonl", max_length=6)
         first, again = (
             data.prepare(data.load(task=SEQUENCES, base_dir=tmp_path), tokenizer, task=SEQUENCES) for _ in range(2)
         )
@@ -139,7 +139,7 @@ class TestReading:
         (tmp_path / "empty.jsonl").touch()
         (tmp_path / "broken.jsonl").write_text('{"text": "a", "label"')
         with pytest.raises(ConfigurationError, match=message):
-            TextData(**{"path": "json", **options}).load(task=SEQUENCES, base_dir=tmp_path)
+            DataSpec(**{"path": "json", **options}).load(task=SEQUENCES, base_dir=tmp_path)
 
     @pytest.mark.parametrize(
         ("options", "message"),
@@ -153,13 +153,13 @@ class TestReading:
     )
     def test_values_that_cannot_work_are_refused_at_once(self, options, message):
         with pytest.raises(ConfigurationError, match=message):
-            TextData(path="json", **options)
+            DataSpec(path="json", **options)
 
 
 class TestSplitting:
     def load(self, folder: Path, rows, **options):
         write_rows(folder / "rows.jsonl", rows)
-        data = TextData(path="json", data_files=options.pop("data_files", "rows.jsonl"), **options)
+        data = DataSpec(path="json", data_files=options.pop("data_files", "rows.jsonl"), **options)
         return data.load(task=SEQUENCES, base_dir=folder)
 
     def test_a_dev_split_is_the_validation(self, tmp_path):
@@ -220,7 +220,7 @@ class TestUnlabelled:
         write_rows(tmp_path / "train.jsonl", rows_of("xy" * 10))
         write_rows(tmp_path / "more.jsonl", [{"text": "a film", "label": "z"}, {"text": "a book", "label": "x"}])
         files = {"train": "train.jsonl", "more": "more.jsonl"}
-        data = TextData(path="json", data_files=files, validation=0.2, unlabelled="more")
+        data = DataSpec(path="json", data_files=files, validation=0.2, unlabelled="more")
         raw = data.load(task=SEQUENCES, base_dir=tmp_path)
         assert raw["unlabelled"].column_names == ["text"]
         prepared = data.prepare(raw, tokenizer, task=SEQUENCES)
@@ -237,10 +237,10 @@ class TestUnlabelled:
 
     def test_a_loss_that_would_read_the_missing_labels_is_refused(self, tokenizer):
         raw = splits_of(rows_of([0.5, 1.5]), unlabelled=[{"text": "a film"}])
-        with pytest.raises(ConfigurationError, match="unlabelled texts need labelled ones with one class each"):
+        with pytest.raises(ConfigurationError, match="unlabelled examples need labelled ones with one class each"):
             prepare(raw, tokenizer, unlabelled="unlabelled")
         with pytest.raises(ConfigurationError, match="causal-lm does not read it"):
-            TextData(path="json", unlabelled="more").load(task=LANGUAGE)
+            DataSpec(path="json", unlabelled="more").load(task=LANGUAGE)
 
 
 class TestLabels:
@@ -510,7 +510,7 @@ class TestLanguage:
     @pytest.mark.parametrize(("sample_by", "count"), [("line", 5), ("paragraph", 2), ("document", 1)])
     def test_a_text_file_is_read_by(self, tmp_path, sample_by, count):
         (tmp_path / "corpus.txt").write_text("the film\nwas good\n\na book\nwas bad")
-        data = TextData(path="text", data_files="corpus.txt", sample_by=sample_by, validation=0)
+        data = DataSpec(path="text", data_files="corpus.txt", sample_by=sample_by, validation=0)
         texts = data.load(task=LANGUAGE, base_dir=tmp_path)["train"]["text"][:]
         assert len(texts) == count
         if sample_by == "paragraph":
@@ -532,7 +532,7 @@ class TestLanguage:
     def test_a_single_document_cannot_be_divided(self, tmp_path):
         (tmp_path / "corpus.txt").write_text("the film was good")
         with pytest.raises(ConfigurationError, match="0.1: that share of 1 examples is nothing or all.*sample_by"):
-            TextData(path="text", data_files="corpus.txt").load(task=LANGUAGE, base_dir=tmp_path)
+            DataSpec(path="text", data_files="corpus.txt").load(task=LANGUAGE, base_dir=tmp_path)
 
 
 def test_splits_with_other_columns_are_read_one_by_one(tmp_path):
@@ -540,10 +540,10 @@ def test_splits_with_other_columns_are_read_one_by_one(tmp_path):
     for name, row in (("train", {"text": "a"}), ("test", {"text": "b", "label": "yes"})):
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
     files = {name: f"{name}.jsonl" for name in ("train", "test")}
-    found = TextData(path="json", data_files=files).load_unlabelled(task="sequence-classification", base_dir=tmp_path)
+    found = DataSpec(path="json", data_files=files).load_unlabelled(task="sequence-classification", base_dir=tmp_path)
     assert {split: rows[:] for split, rows in found.items()} == {
         "unlabelled": {"text": ["a"]},
         "test": {"text": ["b"], "label": ["yes"]},
     }
     with pytest.raises(ConfigurationError, match="'train' has no column 'label'"):
-        TextData(path="json", data_files=files).load(task="sequence-classification", base_dir=tmp_path)
+        DataSpec(path="json", data_files=files).load(task="sequence-classification", base_dir=tmp_path)

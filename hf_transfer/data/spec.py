@@ -1,4 +1,4 @@
-"""The ``data:`` section of a recipe: which texts to load, how to split them, and how to tokenise them for a task."""
+"""The ``data:`` section of a recipe: which examples to load, how to split them, how to encode them for a task."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from hf_transfer.data import tokens
+from hf_transfer.data import media, tokens
 from hf_transfer.data.checks import OPTIONAL, ROLES, SPLITS, checked_splits, is_withheld, roles_of, texts_of
 from hf_transfer.data.files import DataFiles, read_dataset
 from hf_transfer.data.labels import Labels, infer_problem_type, read_labels, read_tags, unseen_labels
@@ -26,23 +26,24 @@ DEFAULT_LENGTH = {"sequence-classification": 512, "token-classification": 512, "
 
 
 @dataclass(frozen=True)
-class TextData:
-    """Texts for one task, found by `datasets.load_dataset` under its own argument names.
+class DataSpec:
+    """Texts, images or sounds for one task, found by `datasets.load_dataset` under its own argument names.
 
     Args:
-        path: A Hub id, a folder, or a file format: json (.jsonl too), csv (.tsv too), parquet, text.
+        path: A Hub id, a folder, or a format: json (.jsonl too), csv (.tsv too), parquet, text, and imagefolder or
+            audiofolder, whose data_dir holds train/CLASS/FILE.
         name: The configuration of a Hub data set that has several.
         data_dir: A folder of data files, for a file format.
         data_files: A file, a list of files, or files for each split; patterns with * work, and .gz files.
         revision: Branch, tag or commit of a Hub data set.
-        columns: Which of their columns plays which role: text, text_pair, label; tokens, tags. A role left out is
-            read from the column of its own name.
+        columns: Which of their columns plays which role: text, text_pair, image, audio, label; tokens, tags. A role
+            left out is read from the column of its own name.
         train: The split to train on.
         validation: A split's name, or the share of train to hold out (by class, seeded); 0 for none. By default the
             split called validation, dev, valid or val, else a share of 0.1.
         test: A split's name. By default the split called test, if there is one and it has labels.
-        unlabelled: A split's name, whose texts are trained on beside those of train, without labels (-100): for a
-            recipe that learns from a teacher, where texts have one label each.
+        unlabelled: A split's name, whose examples are trained on beside those of train, without labels (-100): for a
+            recipe that learns from a teacher, where examples have one label each.
         problem_type: What labels are, where their type misleads: whole numbers and texts are classes, floats are
             regression, lists are several labels at once.
         delimiter: Separates the labels of one text where a text carries several, as in "sports|politics".
@@ -50,6 +51,7 @@ class TextData:
         packing: For causal-lm: join documents into full blocks. If false, each document is an example.
         block_size: For causal-lm with packing: tokens in a block. By default the most the model takes, at most 1024.
         sample_by: For path text: what one document is. A paragraph ends with an empty line.
+        max_seconds: For sounds: what they are cut to. By default nothing but what the model's processor does.
         train_size: Train on this many examples only, drawn evenly over the classes. For one seed the smaller draws
             are part of the larger.
         seed: Of the share held out and of the examples drawn.
@@ -71,6 +73,7 @@ class TextData:
     packing: bool = True
     block_size: int | None = None
     sample_by: Literal["line", "paragraph", "document"] = "paragraph"
+    max_seconds: float | None = None
     train_size: int | None = None
     seed: int = 0
 
@@ -87,6 +90,8 @@ class TextData:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigurationError(f"data.{name} = {value}: expected {least} or more.")
+        if self.max_seconds is not None and not self.max_seconds > 0:
+            raise ConfigurationError(f"data.max_seconds = {self.max_seconds}: expected more than 0.")
         if self.delimiter == "":
             raise ConfigurationError("data.delimiter is empty: expected what stands between two labels, such as '|'.")
 
@@ -104,8 +109,8 @@ class TextData:
         from datasets import DatasetDict
 
         find_task(task)
-        if self.unlabelled is not None and task != "sequence-classification":
-            raise ConfigurationError(f"data.unlabelled: {task} does not read it, only sequence-classification does.")
+        if self.unlabelled is not None and "label" not in ROLES[task]:
+            raise ConfigurationError(f"data.unlabelled: {task} does not read it, only tasks of one label each do.")
         raw = self._read(base_dir)
         splits = {
             split: self._with_roles(raw[name], name, roles_of(split, task), task)
@@ -139,22 +144,25 @@ class TextData:
             splits["test"] = self._with_roles(raw[test], test, roles_of("test", task), task)
         return DatasetDict(splits)
 
-    def prepare(self, raw: Mapping[str, Dataset], tokenizer: PreTrainedTokenizerBase, *, task: str) -> PreparedData:
-        """Check, draw and tokenise what `load` gave, or any splits whose columns are named by role.
+    def prepare(self, raw: Mapping[str, Dataset], processor: Any, *, task: str) -> PreparedData:
+        """Check, draw and encode what `load` gave, or any splits whose columns are named by role.
+
+        Texts are tokenised here; images and sounds stay files, which are decoded whenever a row is read.
 
         Args:
             raw: ``train`` and, where there are any, ``validation``, ``test`` and ``unlabelled``.
-            tokenizer: The model's; its ``model_max_length`` is the most a row may have.
+            processor: The model's: a tokenizer, whose ``model_max_length`` is the most a row may have, an image
+                processor, or a feature extractor.
             task: A name in `TASKS`.
 
         Raises:
-            ConfigurationError: A text is missing, labels are unusable (see `read_labels`), a length is more than the
-                model takes, or there are fewer than ``train_size`` examples.
+            ConfigurationError: A text is missing, the first image or sound cannot be read, labels are unusable (see
+                `read_labels`), a length is more than the model takes, or there are fewer than ``train_size`` examples.
         """
         from datasets import concatenate_datasets
 
-        collator = find_task(task).collator(tokenizer)
-        length = self._length(tokenizer, task)
+        collator = find_task(task).collator(processor)
+        length = self._length(processor, task)
         splits, notes = checked_splits(raw, task=task), []
         if self.test is None and "test" in splits and is_withheld(splits["test"]):
             del splits["test"]
@@ -163,15 +171,47 @@ class TextData:
         labels = self._read_labels(labelled, task)
         if "unlabelled" in splits and task != "causal-lm":
             if labels is None or labels.problem_type != "single_label_classification":
-                raise ConfigurationError("data: unlabelled texts need labelled ones with one class each beside them.")
+                raise ConfigurationError(
+                    "data: unlabelled examples need labelled ones with one class each beside them."
+                )
         splits["train"] = self._draw(splits["train"])
         if labels and labels.problem_type:
             notes += unseen_labels(labelled | {"train": splits["train"]}, labels)
 
-        function, settings = self._tokeniser(tokenizer, task, labels)
         if "unlabelled" in splits:
             roles = [role for role in roles_of("unlabelled", task) if role in splits["unlabelled"].column_names]
             splits["unlabelled"] = splits["unlabelled"].select_columns(roles)
+        if find_task(task).reads == "text":
+            prepared, summaries, reader = *self._tokenised(splits, processor, task, labels, length), None
+        else:
+            prepared, summaries, reader = self._files(splits, processor, task, labels)
+            notes += [note] if (note := reader.note(prepared["train"][0][reader.name])) else []
+        train = concatenate_datasets([prepared[split] for split in ("train", "unlabelled") if split in prepared])
+        rows = {**prepared, "train": train}
+        if reader is not None:
+            rows = {split: each.with_transform(reader) for split, each in rows.items()}
+        return PreparedData(
+            train=rows["train"],
+            validation=rows.get("validation"),
+            test=rows.get("test"),
+            label_names=labels.names if labels else [],
+            problem_type=labels.problem_type if labels else None,
+            collator=collator,
+            length=length,
+            summaries=summaries,
+            notes=notes,
+            pairs="text_pair" in splits["train"].column_names,
+        )
+
+    def _tokenised(
+        self,
+        splits: Mapping[str, Dataset],
+        tokenizer: PreTrainedTokenizerBase,
+        task: str,
+        labels: Labels | None,
+        length: int,
+    ) -> tuple[dict[str, Dataset], dict[str, SplitSummary]]:
+        function, settings = self._tokeniser(tokenizer, task, labels)
         trained_on = {text for split in ("train", "unlabelled") if split in splits for text in texts_of(splits[split])}
         prepared, summaries = {}, {}
         for split, rows in splits.items():
@@ -185,18 +225,20 @@ class TextData:
                 seen_in_train=sum(text in trained_on for text in texts) if split in ("validation", "test") else 0,
                 **counts,
             )
-        return PreparedData(
-            train=concatenate_datasets([prepared[split] for split in ("train", "unlabelled") if split in prepared]),
-            validation=prepared.get("validation"),
-            test=prepared.get("test"),
-            label_names=labels.names if labels else [],
-            problem_type=labels.problem_type if labels else None,
-            collator=collator,
-            length=length,
-            summaries=summaries,
-            notes=notes,
-            pairs="text_pair" in splits["train"].column_names,
-        )
+        return prepared, summaries
+
+    def _files(
+        self, splits: Mapping[str, Dataset], processor: Any, task: str, labels: Labels | None
+    ) -> tuple[dict[str, Dataset], dict[str, SplitSummary], media.Reader]:
+        role = find_task(task).reads
+        sounds = role == "audio"
+        reader = media.SoundReader(processor, self.max_seconds) if sounds else media.ImageReader(processor)
+        prepared = {
+            split: media.with_inputs(rows, role=role, name=reader.name, labels=labels)
+            for split, rows in splits.items()
+        }
+        summaries = {split: SplitSummary(examples=len(rows), rows=len(rows)) for split, rows in splits.items()}
+        return prepared, summaries, reader
 
     def _read(self, base_dir: str | Path) -> DatasetDict:
         return read_dataset(
@@ -272,20 +314,27 @@ class TextData:
                 return rows["label"][:]
         return [0] * len(rows)
 
-    def _length(self, tokenizer: PreTrainedTokenizerBase, task: str) -> int:
+    def _length(self, processor: Any, task: str) -> int:
+        """Tokens that a row is cut to or packed into; 0 where it has none."""
+        reads = find_task(task).reads
+        for option, reader in (("max_length", "text"), ("block_size", "text"), ("max_seconds", "audio")):
+            if getattr(self, option) is not None and reads != reader:
+                raise ConfigurationError(f"data.{option}: {task} does not read it, only tasks on {reader} do.")
+        if reads != "text":
+            return 0
         packs = task == "causal-lm" and self.packing
         name, other = ("block_size", "max_length") if packs else ("max_length", "block_size")
         if getattr(self, other) is not None:
             raise ConfigurationError(
                 f"data.{other}: {task}{' with packing' if packs else ''} does not read it. Did you mean data.{name}?"
             )
-        requested, most = getattr(self, name), tokenizer.model_max_length
+        requested, most = getattr(self, name), processor.model_max_length
         if requested is not None and requested > most:
             raise ConfigurationError(f"data.{name} = {requested}: the model takes at most {most} tokens.")
         return requested or min(DEFAULT_LENGTH[task], most)
 
     def _read_labels(self, splits: Mapping[str, Dataset], task: str) -> Labels | None:
-        if task == "sequence-classification":
+        if "label" in ROLES[task]:
             return read_labels(splits, problem_type=self.problem_type, delimiter=self.delimiter)
         return read_tags(splits) if task == "token-classification" else None
 

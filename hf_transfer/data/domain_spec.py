@@ -1,47 +1,45 @@
-"""The ``data:`` section of a recipe of domain adaptation: labelled texts, and others without labels."""
+"""The ``data:`` section of a recipe of domain adaptation: labelled examples, and others without labels."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hf_transfer.data.domains import DomainPairs
 from hf_transfer.data.prepared import PreparedData
-from hf_transfer.data.text import TextData
+from hf_transfer.data.spec import DataSpec
 from hf_transfer.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
-    from transformers import PreTrainedTokenizerBase
-
 
 READ_OF_TARGET = ("path", "name", "data_dir", "data_files", "revision", "columns", "train", "test", "sample_by")
 
 
 @dataclass(frozen=True)
-class DomainTextData:
-    """Texts of two domains.
+class DomainDataSpec:
+    """Texts, images or sounds of two domains.
 
     Args:
-        source: Labelled texts to train on, part of which validates; its lengths are those of both domains. Its own
+        source: Labelled examples to train on, part of which validates; its lengths are those of both domains. Its own
             test split is not read.
-        target: Texts of the domain to adapt to. Their labels are not read, except those of a split called test, or
+        target: Examples of the domain to adapt to. Their labels are not read, except those of a split called test, or
             named by ``test``, which are for the final score alone.
     """
 
-    source: TextData
-    target: TextData
+    source: DataSpec
+    target: DataSpec
 
     def __post_init__(self) -> None:
         for name, data in (("source", self.source), ("target", self.target)):
             if data.unlabelled is not None:
                 raise ConfigurationError(f"data.{name}.unlabelled: what has no labels is data.target.")
-        for option in fields(TextData):
+        for option in fields(DataSpec):
             if option.name not in READ_OF_TARGET and getattr(self.target, option.name) != option.default:
                 raise ConfigurationError(
-                    f"data.target.{option.name}: it is not read. What is done to texts of both domains is set in "
+                    f"data.target.{option.name}: it is not read. What is done to examples of both domains is set in "
                     "data.source; classes are not known in the target."
                 )
 
@@ -54,11 +52,11 @@ class DomainTextData:
         """``train`` and ``validation`` of the source, ``unlabelled`` and perhaps ``test`` of the target.
 
         Args:
-            task: See ``TextData.load``.
-            base_dir: See ``TextData.load``.
+            task: See ``DataSpec.load``.
+            base_dir: See ``DataSpec.load``.
 
         Raises:
-            ConfigurationError: See ``TextData.load``.
+            ConfigurationError: See ``DataSpec.load``.
         """
         from datasets import DatasetDict
 
@@ -68,18 +66,18 @@ class DomainTextData:
         source.pop("test", None)
         return DatasetDict({**source, **self.target.load_unlabelled(task=task, base_dir=base_dir)})
 
-    def prepare(self, raw: Mapping[str, Dataset], tokenizer: PreTrainedTokenizerBase, *, task: str) -> PreparedData:
-        """What ``TextData.prepare`` makes of it, with ``DomainPairs`` to train on.
+    def prepare(self, raw: Mapping[str, Dataset], processor: Any, *, task: str) -> PreparedData:
+        """What ``DataSpec.prepare`` makes of it, with ``DomainPairs`` to train on.
 
         Args:
             raw: What :meth:`load` gave.
-            tokenizer: See ``TextData.prepare``.
-            task: See ``TextData.prepare``.
+            processor: See ``DataSpec.prepare``.
+            task: See ``DataSpec.prepare``.
 
         Raises:
-            ConfigurationError: See ``TextData.prepare``; or the target's test has labels that the source has not.
+            ConfigurationError: See ``DataSpec.prepare``; or the target's test has labels that the source has not.
         """
-        data = self.source.prepare(raw, tokenizer, task=task)
+        data = self.source.prepare(raw, processor, task=task)
         labelled = data.summaries["train"].rows
         source, target = (data.train.select(rows) for rows in (range(labelled), range(labelled, len(data.train))))
         return replace(data, train=DomainPairs(source, target, seed=self.source.seed))

@@ -1,0 +1,204 @@
+"""Images and sounds as files, what is made of them when a row is read, and what cannot be read."""
+
+from __future__ import annotations
+
+import io
+import os
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from datasets import Dataset
+from PIL import Image
+from transformers import ViTImageProcessor, Wav2Vec2FeatureExtractor
+
+from hf_transfer.data.media import ImageReader, SoundReader, read_image, read_sound, resampled
+from hf_transfer.data.spec import DataSpec
+from hf_transfer.errors import ConfigurationError
+from tests import media
+
+IMAGES, SOUNDS = "image-classification", "audio-classification"
+EIGHT = Wav2Vec2FeatureExtractor(sampling_rate=8000, do_normalize=False, return_attention_mask=True)
+SIXTEEN = ViTImageProcessor(size={"height": 16, "width": 16})
+
+
+def grey() -> np.ndarray:
+    return np.arange(48, dtype=np.uint8).reshape(6, 8)
+
+
+def png(pixels: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, format="png")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("form", ["path", "bytes", "mapping", "array", "list"])
+def test_an_image_is_the_same_however_it_is_stored(form, tmp_path):
+    path = tmp_path / "image.png"
+    path.write_bytes(png(grey()))
+    stored = {
+        "path": str(path),
+        "bytes": {"bytes": png(grey()), "path": None},
+        "mapping": {"bytes": None, "path": str(path)},
+        "array": grey(),
+        "list": grey().tolist(),
+    }[form]
+    assert np.array_equal(np.asarray(read_image(stored)), grey())
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize("form", ["path", "bytes", "array"])
+def test_a_sound_is_one_channel_however_it_is_stored(form, channels, tmp_path):
+    time = np.linspace(-0.5, 0.5, 400, dtype=np.float32)
+    both = np.stack([time, -0.5 * time], axis=1)[:, :channels]
+    path = tmp_path / "sound.wav"
+    soundfile.write(path, both, 8000, subtype="FLOAT")
+    mean = both.mean(axis=1)
+    stored = {
+        "path": str(path),
+        "bytes": {"bytes": path.read_bytes(), "path": None},
+        "array": {"array": mean, "sampling_rate": 8000},
+    }[form]
+    samples, rate = read_sound(stored)
+    assert rate == 8000
+    np.testing.assert_allclose(samples, mean, atol=1e-7)
+
+
+def test_resampling_keeps_a_tone_and_leaves_out_what_cannot_be_told():
+    time = np.arange(16000) / 16000
+    low, high = (np.sin(2 * np.pi * pitch * time).astype(np.float32) for pitch in (440, 6000))
+    found = resampled(low + high, 16000, 8000)
+    expected = np.sin(2 * np.pi * 440 * np.arange(8000) / 8000)
+    np.testing.assert_allclose(found[200:-200], expected[200:-200], atol=0.01)
+    assert resampled(low, 16000, 16000) is low
+
+
+def test_rows_are_decoded_when_they_are_read_and_stay_files_until_then(tmp_path):
+    folder = media.write_images(tmp_path / "images", count=6)
+    data = DataSpec(path="imagefolder", data_dir=str(folder))
+    prepared = data.prepare(data.load(task=IMAGES), SIXTEEN, task=IMAGES)
+    assert prepared.label_names == ["lower", "upper"]
+    assert prepared.problem_type == "single_label_classification"
+    assert [prepared.summaries[split].examples for split in ("train", "validation", "test")] == [6, 6, 6]
+    assert prepared.train.with_format(None)[0]["pixel_values"]["path"].endswith(".png")
+    batch = prepared.collator([prepared.train[row] for row in range(4)])
+    assert batch["pixel_values"].shape == (4, 3, 16, 16)
+    for row, (label, pixels) in enumerate(zip(batch["labels"], batch["pixel_values"], strict=True)):
+        upper, lower = pixels[:, :8].mean(), pixels[:, 8:].mean()
+        assert prepared.label_names[label] == ("upper" if upper > lower else "lower"), row
+    assert prepared.notes == ["note: images are read as RGB, the first is L"]
+    assert prepared.report()[0] == "train: 6 examples"
+
+
+def test_a_processor_of_one_channel_reads_one():
+    processor = ViTImageProcessor(size={"height": 8, "width": 8}, image_mean=[0.5], image_std=[0.25])
+    reader = ImageReader(processor)
+    (pixels,) = reader({"pixel_values": [np.stack([grey()] * 3, axis=-1)]})["pixel_values"]
+    assert pixels.shape == (1, 8, 8)
+    assert reader.note(grey()) is None
+
+
+def test_a_batch_of_sounds_is_padded_and_cut(tmp_path):
+    folder = media.write_sounds(tmp_path / "sounds", count=4, rate=16000)
+    data = DataSpec(path="audiofolder", data_dir=str(folder), max_seconds=0.15)
+    prepared = data.prepare(data.load(task=SOUNDS), EIGHT, task=SOUNDS)
+    rows = [prepared.train[row] for row in range(4)]
+    lengths = [len(row["input_values"]) for row in rows]
+    assert max(lengths) == 1200
+    assert min(lengths) < 1200
+    batch = prepared.collator(rows)
+    assert batch["input_values"].shape == (4, 1200)
+    assert batch["attention_mask"].sum(1).tolist() == lengths
+    assert prepared.label_names == ["high", "low"]
+    for row, label in zip(rows, batch["labels"], strict=True):
+        spectrum = np.abs(np.fft.rfft(row["input_values"][:800]))
+        pitch = spectrum.argmax() * 8000 / 800
+        assert pitch == pytest.approx({"low": 300, "high": 1200}[prepared.label_names[label]], abs=20)
+    assert prepared.notes == ["note: sounds are resampled to 8000 Hz, the first has 16000"]
+
+
+def test_columns_of_a_table_and_rows_without_labels():
+    images = [png(np.full((4, 4), 20 * row, dtype=np.uint8)) for row in range(6)]
+    files = [{"bytes": image, "path": None} for image in images]
+    train = Dataset.from_dict({"image": files[:4], "label": ["a", "b", "a", "b"]})
+    unlabelled = Dataset.from_dict({"image": files[4:]})
+    prepared = DataSpec(path="json").prepare({"train": train, "unlabelled": unlabelled}, SIXTEEN, task=IMAGES)
+    assert prepared.train.with_format(None)["labels"][:] == [0, 1, 0, 1, -100, -100]
+    assert prepared.train[5]["pixel_values"].mean() == pytest.approx((100 / 255 - 0.5) / 0.5, abs=1e-6)
+    assert prepared.train[5]["labels"] == -100
+
+
+@pytest.mark.parametrize(
+    ("stored", "message"),
+    [
+        ({"bytes": b"no image", "path": "a.png"}, "'a.png' is no image that can be read"),
+        ("not/there.png", "'not/there.png' is no image that can be read"),
+        ({"bytes": png(grey())[:50], "path": None}, "an example is no image that can be read"),
+    ],
+)
+def test_an_image_that_cannot_be_read_is_named(stored, message):
+    with pytest.raises(ConfigurationError, match=message):
+        read_image(stored)
+
+
+@pytest.mark.parametrize(
+    ("stored", "message"),
+    [
+        ({"bytes": b"no sound", "path": "a.wav"}, "'a.wav' is no sound that can be read"),
+        ("not/there.wav", "'not/there.wav' is no sound that can be read"),
+        ({"array": np.zeros(0), "sampling_rate": 8000}, r"an example has the shape \(0,\): expected samples"),
+        ({"array": np.zeros((2, 9)), "sampling_rate": 8000}, r"has the shape \(2, 9\)"),
+        ({"array": np.zeros(9)}, "an example is no sound that can be read"),
+    ],
+)
+def test_a_sound_that_cannot_be_read_is_named(stored, message):
+    with pytest.raises(ConfigurationError, match=message):
+        read_sound(stored)
+
+
+@pytest.mark.parametrize(
+    ("options", "task", "message"),
+    [
+        ({"max_length": 12}, IMAGES, "data.max_length: image-classification does not read it, only tasks on text do"),
+        ({"max_seconds": 1.0}, IMAGES, "data.max_seconds: image-classification does not read it, only tasks on audio"),
+        ({"block_size": 8}, SOUNDS, "data.block_size: audio-classification does not read it"),
+    ],
+)
+def test_options_of_another_field_are_refused(options, task, message):
+    train = Dataset.from_dict({"image": [grey().tolist()] * 2, "audio": ["a", "b"], "label": [0, 1]})
+    with pytest.raises(ConfigurationError, match=message):
+        DataSpec(path="json", **options).prepare({"train": train}, SIXTEEN, task=task)
+
+
+def test_a_missing_column_and_a_length_that_is_none_are_refused(tmp_path):
+    folder = media.write_images(tmp_path / "images", count=2)
+    with pytest.raises(ConfigurationError, match="'train' has no column 'audio' to be the audio"):
+        DataSpec(path="imagefolder", data_dir=str(folder)).load(task=SOUNDS)
+    with pytest.raises(ConfigurationError, match=r"data.max_seconds = 0.0: expected more than 0"):
+        DataSpec(path="audiofolder", max_seconds=0.0)
+
+
+def test_a_digest_names_files_and_what_is_done_to_them(tmp_path):
+    folder = media.write_images(tmp_path / "images", count=2)
+    paths = sorted(map(str, folder.glob("train/*/*.png")))
+    rows = Dataset.from_dict({"pixel_values": paths})
+    reader = ImageReader(SIXTEEN)
+    assert reader.digest(rows) == ImageReader(ViTImageProcessor(size={"height": 16, "width": 16})).digest(rows)
+    assert reader.digest(rows) != ImageReader(ViTImageProcessor(size={"height": 8, "width": 8})).digest(rows)
+    sounds = Dataset.from_dict({"input_values": paths})
+    assert SoundReader(EIGHT).digest(sounds) != SoundReader(EIGHT, max_seconds=1.0).digest(sounds)
+    before = reader.digest(rows)
+    os.utime(paths[0], ns=(1, 1))
+    assert reader.digest(rows) != before
+
+
+def test_what_a_transform_gives_survives_selection_and_workers(tmp_path):
+    folder = media.write_images(tmp_path / "images", count=4)
+    data = DataSpec(path="imagefolder", data_dir=str(folder))
+    rows = data.prepare(data.load(task=IMAGES), SIXTEEN, task=IMAGES).train
+    again = rows.select([2, 0]).remove_columns("labels")
+    assert torch.equal(again[1]["pixel_values"], rows[0]["pixel_values"])
+    loader = torch.utils.data.DataLoader(rows, batch_size=2, num_workers=1, collate_fn=lambda examples: examples)
+    batches = [example["pixel_values"] for batch in loader for example in batch]
+    assert torch.equal(torch.stack(batches), torch.stack([rows[row]["pixel_values"] for row in range(4)]))
