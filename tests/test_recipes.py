@@ -14,15 +14,28 @@ from hf_transfer.distill import DistillationRecipe
 from hf_transfer.recipe import RECIPES, Recipe, TrainingRecipe
 from hf_transfer.schema import merge
 from tests.folders import sentiment_rows, write_classifier, write_decoder, write_encoder, write_rows
+from tests.media import write_images, write_sounds, write_vit, write_wav2vec2
 
 ROOT = Path(__file__).parent.parent
 PATHS = sorted((ROOT / "recipes").rglob("*.yaml"))
 
 
+MODELS = {
+    "causal-lm": write_decoder,
+    "image-classification": write_vit,
+    "audio-classification": write_wav2vec2,
+}
+FOLDERS = {
+    "image-classification": ("imagefolder", write_images),
+    "audio-classification": ("audiofolder", write_sounds),
+}
+
+
 def tiny(values: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The recipe on a tiny model and on local files that have the columns it names."""
-    is_language_model = values["model"].get("task") == "causal-lm"
-    model = write_decoder(folder / "model") if is_language_model else write_encoder(folder / "model")
+    task = values["model"].get("task")
+    is_language_model = task == "causal-lm"
+    model = MODELS.get(task, write_encoder)(folder / "model")
     taught = {}
     if "teacher" in values:
         write_teacher = write_decoder if is_language_model else write_classifier
@@ -30,10 +43,10 @@ def tiny(values: dict[str, Any], folder: Path) -> dict[str, Any]:
     if "store" in values:
         taught["store"] = {"directory": str(folder / "store")}
     layers = {"layers": 2} if "layers" in values["model"] else {}
-    data = tiny_data(values["data"], folder) if "path" in values["data"] else {}
+    data = tiny_data(values["data"], folder, task) if "path" in values["data"] else {}
     for domain in ("source", "target"):
         if domain in values["data"]:
-            data[domain] = tiny_data(values["data"][domain], folder / domain)
+            data[domain] = tiny_data(values["data"][domain], folder / domain, task)
     return merge(
         values,
         {
@@ -45,8 +58,11 @@ def tiny(values: dict[str, Any], folder: Path) -> dict[str, Any]:
     )
 
 
-def tiny_data(values: dict[str, Any], folder: Path) -> dict[str, Any]:
+def tiny_data(values: dict[str, Any], folder: Path, task: str) -> dict[str, Any]:
     """A section of data that reads local files."""
+    if task in FOLDERS:
+        path, write = FOLDERS[task]
+        return {"path": path, "data_dir": str(write(folder))}
     folder.mkdir(exist_ok=True)
     columns = {"text": "text", "label": "label", **values.get("columns", {})}
     sizes = {"train": values.get("train_size", 16), "validation": 8, "test": 8}
