@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container, Mapping
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -67,6 +68,26 @@ def loss_kind(model: nn.Module) -> LossKind | None:
 def shifts_labels(model: nn.Module) -> bool:
     """Whether position t is scored against label t + 1, as decoder-only language models do."""
     return loss_kind(model) == "causal language model"
+
+
+def with_decoder_inputs(
+    model: PreTrainedModel, inputs: Mapping[str, Any], labels: Any, accepted: Container[str]
+) -> dict[str, Any]:
+    """``inputs`` and, where an encoder-decoder would be asked without its decoder's, those that its ``labels`` shifted
+    by one are.
+
+    Args:
+        model: The model to ask.
+        inputs: Of a batch, without labels.
+        labels: (B, T), or anything where there are none.
+        accepted: What the model takes.
+    """
+    if "decoder_input_ids" not in accepted or "decoder_input_ids" in inputs or not isinstance(labels, Tensor):
+        return dict(inputs)
+    shifted = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if shifted is not None:
+        return {**inputs, "decoder_input_ids": shifted(labels)}
+    return {**inputs, "labels": labels} if labels.dim() == 2 else dict(inputs)  # Whisper shifts them itself
 
 
 def label_names(config: PreTrainedConfig) -> list[str]:

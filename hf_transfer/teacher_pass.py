@@ -23,6 +23,7 @@ from hf_transfer.losses import (
     problem_type,
     shifts_labels,
     transformer_in,
+    with_decoder_inputs,
 )
 from hf_transfer.tasks import IGNORED
 from hf_transfer.teacher_rows import Columns, Form
@@ -84,7 +85,7 @@ class Source:
 
 
 class TeacherPass:
-    """A causal language model or a classifier of transformers, bare or inside a PEFT model.
+    """A language model, with an encoder or without, or a classifier of transformers, bare or inside a PEFT model.
 
     Raises:
         ConfigurationError: It is none, or its outputs are no distributions over classes.
@@ -95,10 +96,10 @@ class TeacherPass:
 
         core = transformer_in(model)
         kind = loss_kind(core)
-        if kind is None or kind == "encoder-decoder":
+        if kind is None:
             raise ConfigurationError(
-                f"teacher: {type(core).__name__} is {'an encoder-decoder' if kind else 'for another task'}, expected "
-                "a classifier of examples or tokens, or a language model without an encoder."
+                f"teacher: {type(core).__name__} is for another task, expected a classifier of examples or tokens, or "
+                "a language model."
             )
         problem = problem_type(core.config)
         if kind == "classification" and problem in ("multi_label_classification", "regression"):
@@ -163,6 +164,7 @@ class TeacherPass:
             for chosen in examples.split(batch_size):
                 batch = batches[chosen]
                 labels = batch.pop("labels", None)
+                batch = with_decoder_inputs(self._core, batch, labels, self.source.inputs)
                 batch = within_vocabulary(batch, token_count(self._core))
                 logits = self._model(**batch, **self._options).logits[..., :vocabulary]
                 positions = self._positions(logits, labels)

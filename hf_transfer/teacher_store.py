@@ -101,7 +101,8 @@ class TeacherStore:
         its logits, 64 MiB of float32 are held at a time.
 
         Args:
-            teacher: A causal language model or a classifier of transformers, bare or inside a PEFT model.
+            teacher: A language model, with an encoder or without, or a classifier of transformers, bare or inside a
+                PEFT model.
             dataset: The training data; a row's number in it is its ``example_index``.
             data_collator: As for the Trainer, with labels; it must make the same of an example each time.
             directory: The store's folder; it holds one store.

@@ -7,6 +7,7 @@ import logging
 import pytest
 import torch
 from datasets import Dataset
+from transformers import T5Config, T5ForConditionalGeneration
 
 from hf_transfer.batches import EXAMPLE_INDEX
 from hf_transfer.errors import ConfigurationError
@@ -174,3 +175,33 @@ def test_refused(tmp_path):
     batch["labels"][0, 1] = -100 if batch["labels"][0, 1] != -100 else 7
     with pytest.raises(ConfigurationError, match="its labels are not those"):
         objective(tiny_llama(), batch, tiny_llama()(batch["input_ids"]), 0.0)
+
+
+@pytest.mark.parametrize("form", ["top_k", "samples"])
+def test_an_encoder_decoder_is_stored_by_its_labels(form, tmp_path):
+    generator = torch.Generator().manual_seed(0)
+
+    def tokens(low: int, high: int) -> list[int]:
+        length = int(torch.randint(low, high, (1,), generator=generator))
+        return torch.randint(4, VOCABULARY, (length,), generator=generator).tolist()
+
+    dataset = Dataset.from_list([{"input_ids": tokens(3, 9), "labels": tokens(2, 6)} for _ in range(10)])
+    dataset = dataset.map(lambda row: {"attention_mask": [1] * len(row["input_ids"])})
+    config = T5Config(
+        vocab_size=VOCABULARY, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0
+    )
+
+    def model(seed: int):
+        torch.manual_seed(seed)
+        return loud(T5ForConditionalGeneration(config)).eval()
+
+    teacher, student = model(5), model(0)
+    batch = some_batch(dataset, 7, 0, 4)
+    expected = value_and_gradient(Distillation(teacher), student, batch)
+    options = {} if form == "top_k" else {"form": form, "temperature": 2.0, "draws": 4000}
+    store = stored(tmp_path, teacher, dataset, **options)
+    assert store.rows(torch.tensor([7, 0, 4])).at_temperature(2.0).ids.shape[0] == (batch["labels"] != -100).sum()
+    found = value_and_gradient(StoredDistillation(store), student, batch)
+    tolerance = {"top_k": 2e-3, "samples": 0.1}[form]
+    assert found[0] == pytest.approx(expected[0], rel=tolerance)
+    assert (found[1] - expected[1]).norm() < tolerance * 5 * expected[1].norm()

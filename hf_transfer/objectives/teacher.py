@@ -15,7 +15,7 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import find_labels
 
 from hf_transfer.errors import ConfigurationError
-from hf_transfer.losses import transformer_in
+from hf_transfer.losses import transformer_in, with_decoder_inputs
 from hf_transfer.objectives.base import Objective
 from hf_transfer.vocabularies import token_count, within_vocabulary
 
@@ -144,13 +144,7 @@ class Teacher:
 
     def _inputs_of(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         inputs = {name: value for name, value in batch.items() if name in self.inputs}
-        labels = batch.get("labels")
-        if "decoder_input_ids" not in self.inputs - inputs.keys() or not isinstance(labels, Tensor):
-            return inputs
-        shifted = getattr(self.core, "prepare_decoder_input_ids_from_labels", None)
-        if shifted is not None:
-            return {**inputs, "decoder_input_ids": shifted(labels)}
-        return {**inputs, "labels": labels} if labels.dim() == 2 else inputs  # Whisper shifts them itself
+        return with_decoder_inputs(self.core, inputs, batch.get("labels"), self.inputs)
 
     def _forget(self) -> None:
         self._answer = []
