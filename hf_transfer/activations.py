@@ -75,7 +75,8 @@ class Activations:
         if not torch.equal(found, expected):
             raise ConfigurationError(
                 f"The batch has {found.tolist()} real tokens where the cached examples {examples.tolist()} have "
-                f"{expected.tolist()}: expected the examples and the truncation that the cache was built from."
+                f"{expected.tolist()}: expected the examples and the truncation that the cache was built from. A "
+                "model of sounds that reads no attention mask needs data.max_seconds, to which all are then padded."
             )
         rows = self.starts[examples, None] + positions.cumsum(1) - 1
         hidden = self.values.index_select(0, rows.where(positions, 0).flatten()).view(*positions.shape, -1)
@@ -172,8 +173,11 @@ def columns_digest(dataset: Dataset, columns: Iterable[str]) -> str:
     The data set's own ``_fingerprint`` would not do: it follows how the rows were made, so that saving and loading
     changes it. Rows are hashed at memory speed (2,000 tokenised texts: 2 ms).
     """
-    digest = xxhash.xxh3_128()
-    for table in dataset.select_columns(sorted(columns)).with_format("arrow").iter(batch_size=10_000):
+    from datasets import Audio, Image
+
+    digest, chosen = xxhash.xxh3_128(), dataset.select_columns(sorted(columns))
+    files = any(isinstance(feature, (Audio, Image)) for feature in chosen.features.values())
+    for table in chosen.with_format("arrow").iter(batch_size=64 if files else 10_000):  # files may be megabytes each
         for batch in table.combine_chunks().to_batches():
             digest.update(batch.schema.to_string(show_schema_metadata=False).encode())
             digest.update(batch.serialize())

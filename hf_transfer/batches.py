@@ -54,8 +54,8 @@ class Batches:
         transform = dataset.format["format_kwargs"].get("transform") if isinstance(dataset, Dataset) else None
         if not isinstance(dataset, Dataset) or (transform is not None and not hasattr(transform, "digest")):
             raise ConfigurationError(
-                f"dataset: found {type(dataset).__name__}, expected a datasets.Dataset without a transform set on the "
-                "fly (apply that with map): the content names the cache."
+                f"dataset: found {type(dataset).__name__}, expected a datasets.Dataset without a transform of your "
+                "own set on the fly (apply that with map): the content names the cache."
             )
         self._transform = transform
         self._inputs = set(inputs)

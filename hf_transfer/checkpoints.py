@@ -96,7 +96,7 @@ def check_weight_files(folder: Path, *, section: str = "model") -> None:
 
 
 def _cached_folder(name: str, revision: str | None) -> Path | None:
-    """The cached snapshot of a model, if it has at least its configuration, weights and tokenizer."""
+    """The cached snapshot of a model, if it has at least its configuration, weights and processor."""
     from huggingface_hub import try_to_load_from_cache
 
     def cached(*files: str) -> list[str]:
@@ -104,7 +104,8 @@ def _cached_folder(name: str, revision: str | None) -> Path | None:
         return [path for path in paths if isinstance(path, str)]
 
     config = cached("config.json")
-    whole = config and cached(WEIGHTS, INDEX) and cached("tokenizer.json", "tokenizer_config.json")
+    processor = ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json")
+    whole = config and cached(WEIGHTS, INDEX) and cached(*processor)
     return Path(config[0]).parent if whole else None
 
 

@@ -32,24 +32,25 @@ def triton_block(terms: Terms, logits: Tensor, labels: Tensor, target: Tensor | 
     values = logits.new_empty(2, rows, 1, dtype=torch.float32)
     teacher = logits if target is None else target
     pull = terms.teacher_weight * terms.factor / terms.temperature
-    _rows[(rows,)](
-        logits,
-        teacher,
-        labels,
-        values,
-        rows,
-        vocabulary,
-        teacher.shape[1],
-        logits.stride(0),
-        teacher.stride(0),
-        float(terms.temperature),
-        float(terms.task_weight),
-        float(pull),
-        has_teacher=target is not None,
-        differentiate=terms.differentiate,
-        block=_BLOCK,
-        num_warps=8,
-    )
+    with torch.cuda.device_of(logits):  # Triton launches on the current device
+        _rows[(rows,)](
+            logits,
+            teacher,
+            labels,
+            values,
+            rows,
+            vocabulary,
+            teacher.shape[1],
+            logits.stride(0),
+            teacher.stride(0),
+            float(terms.temperature),
+            float(terms.task_weight),
+            float(pull),
+            has_teacher=target is not None,
+            differentiate=terms.differentiate,
+            block=_BLOCK,
+            num_warps=8,
+        )
     return BlockValues(values[0], values[1], torch.ones_like(values[0]))
 
 
@@ -84,6 +85,7 @@ def _rows(  # type: ignore[no-untyped-def]
 
     highest = tl.full((block,), -1e38, tl.float32)
     task_sum = tl.zeros((block,), tl.float32)
+    highest_q = tl.full((block,), -1e38, tl.float32)
     sum_q = tl.zeros((block,), tl.float32)
     highest_p = tl.full((block,), -1e38, tl.float32)
     sum_p = tl.zeros((block,), tl.float32)
@@ -96,7 +98,10 @@ def _rows(  # type: ignore[no-untyped-def]
         if has_teacher:
             inside = tokens < shared
             t = tl.load(teacher + tokens, mask=inside, other=-float("inf")).to(tl.float32)
-            sum_q = sum_q * tl.exp(highest - higher) + tl.where(inside, tl.exp(z - higher), 0.0)
+            known = tl.where(inside, z, -float("inf"))
+            higher_q = tl.maximum(highest_q, known)
+            sum_q = sum_q * tl.exp(highest_q - higher_q) + tl.exp(known - higher_q)
+            highest_q = higher_q
             higher_p = tl.maximum(highest_p, t)
             decay, p = tl.exp(highest_p - higher_p), tl.exp(t - higher_p)
             sum_p = sum_p * decay + p
@@ -109,7 +114,8 @@ def _rows(  # type: ignore[no-untyped-def]
     tl.store(values + row, task_normalizer - temperature * at_label)
     divergence = 0.0
     if has_teacher:
-        normalizer = top + tl.log(tl.sum(sum_q * tl.exp(highest - top)))
+        top_q = tl.max(highest_q)
+        normalizer = top_q + tl.log(tl.sum(sum_q * tl.exp(highest_q - top_q)))
         top_p = tl.max(highest_p)
         decay = tl.exp(highest_p - top_p)
         total_p = tl.sum(sum_p * decay)
@@ -124,8 +130,8 @@ def _rows(  # type: ignore[no-untyped-def]
             z = tl.load(logits + tokens, mask=inside, other=-float("inf")).to(tl.float32)
             gradient = task_weight * (tl.exp(temperature * z - task_normalizer) - tl.where(tokens == label, 1.0, 0.0))
             if has_teacher:
-                known = tokens < shared
-                t = tl.load(teacher + tokens, mask=known, other=-float("inf")).to(tl.float32)
-                q = tl.where(known, tl.exp(z - normalizer), 0.0)
+                known = tl.where(tokens < shared, z, -float("inf"))
+                t = tl.load(teacher + tokens, mask=tokens < shared, other=-float("inf")).to(tl.float32)
+                q = tl.exp(known - normalizer)
                 gradient += pull * (q - tl.exp(t - normalizer_p))
             tl.store(logits + tokens, gradient, mask=inside)

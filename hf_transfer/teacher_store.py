@@ -24,7 +24,6 @@ from hf_transfer.teacher_rows import Columns, Form, SamplesForm, TeacherRows, To
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase
 
 FormName = Literal["top_k", "samples"]
 
@@ -91,7 +90,7 @@ class TeacherStore:
         seed: int = 0,
         batch_size: int = 8,
         rows_per_shard: int = 1 << 18,
-        tokenizer: PreTrainedTokenizerBase | None = None,
+        tokenizer: Any = None,
         vocabulary: int | None = None,
         name: str | None = None,
     ) -> TeacherStore:
@@ -114,7 +113,8 @@ class TeacherStore:
             seed: Of the draws; those of an example follow from ``seed`` and its number alone.
             batch_size: Examples in a batch; batches are sorted by length within a shard.
             rows_per_shard: About what a file holds, in memory while it is filled, and what a kill can cost.
-            tokenizer: The one that made the data; a store opened with another one is then refused.
+            tokenizer: The one that made the data, or the image processor or feature extractor; a store opened with
+                another one is then refused.
             vocabulary: Store distributions over so many leading tokens only: those that the student has too, where
                 its vocabulary is padded to another length (``shared_vocabulary``).
             name: The teacher's, kept for those who read the store.
@@ -135,7 +135,7 @@ class TeacherStore:
         probe, seen = batches.probe(torch.arange(len(batches)))
         identity = settings | {
             "teacher": speaker.digest(),
-            "tokenizer": _tokenizer_digest(tokenizer),
+            "tokenizer": _processor_digest(tokenizer),
             "data": batches.digest(),
             "collator": seen,
             "vocabulary": vocabulary,
@@ -192,7 +192,7 @@ class TeacherStore:
         dataset: Dataset,
         data_collator: Collator,
         *,
-        tokenizer: PreTrainedTokenizerBase | None = None,
+        tokenizer: Any = None,
         **wanted: Any,
     ) -> TeacherStore:
         """The finished store in ``directory``, once it is known to be whole and of these data.
@@ -213,7 +213,7 @@ class TeacherStore:
         manifest = _read_manifest(root)
         _check_data(root, manifest, dataset, data_collator)
         if tokenizer is not None:
-            wanted["tokenizer"] = _tokenizer_digest(tokenizer)
+            wanted["tokenizer"] = _processor_digest(tokenizer)
         stored = manifest["identity"] | {"name": manifest["name"]}
         _refuse_other(root, stored, stored | {key: wanted[key] for key in wanted.keys() & stored})
         return cls(root, manifest, _open_shards(root, manifest))
@@ -292,10 +292,12 @@ def _form(identity: Mapping[str, Any]) -> Form:
     return kind(**{field.name: identity[field.name] for field in fields(kind)})
 
 
-def _tokenizer_digest(tokenizer: Any) -> str | None:
-    if tokenizer is None or hasattr(tokenizer, "get_vocab"):
-        return None if tokenizer is None else fingerprint(tokenizer.get_vocab(), tokenizer.special_tokens_map)
-    return fingerprint(tokenizer.to_dict())
+def _processor_digest(processor: Any) -> str | None:
+    if processor is None:
+        return None
+    if hasattr(processor, "get_vocab"):
+        return fingerprint(processor.get_vocab(), processor.special_tokens_map)
+    return fingerprint(processor.to_dict())
 
 
 def _read_manifest(root: Path) -> dict[str, Any]:

@@ -76,8 +76,8 @@ def write_vit(folder: Path, *, seed: int = 0, layers: int = 2, labels: int = 2) 
     return folder
 
 
-def write_wav2vec2(folder: Path, *, seed: int = 0, layers: int = 2, labels: int = 2) -> Path:
-    """A Wav2Vec2 of width 16 that reads 8 kHz."""
+def write_wav2vec2(folder: Path, *, seed: int = 0, layers: int = 2, labels: int = 2, masked: bool = True) -> Path:
+    """A Wav2Vec2 of width 16 that reads 8 kHz, and an attention mask or none."""
     torch.manual_seed(seed)
     config = Wav2Vec2Config(
         hidden_size=16,
@@ -90,7 +90,7 @@ def write_wav2vec2(folder: Path, *, seed: int = 0, layers: int = 2, labels: int 
         num_feat_extract_layers=2,
         num_conv_pos_embeddings=8,
         num_conv_pos_embedding_groups=2,
-        feat_extract_norm="layer",
+        feat_extract_norm="layer" if masked else "group",
         classifier_proj_size=16,
         hidden_dropout=0.0,
         attention_dropout=0.0,
@@ -101,5 +101,5 @@ def write_wav2vec2(folder: Path, *, seed: int = 0, layers: int = 2, labels: int 
         num_labels=labels,
     )
     Wav2Vec2ForSequenceClassification(config).save_pretrained(folder)
-    Wav2Vec2FeatureExtractor(sampling_rate=RATE, return_attention_mask=True).save_pretrained(folder)
+    Wav2Vec2FeatureExtractor(sampling_rate=RATE, return_attention_mask=masked).save_pretrained(folder)
     return folder

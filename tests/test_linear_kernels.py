@@ -79,6 +79,20 @@ def test_cross_entropy_alone_and_logits_hundreds_apart():
 
 
 @needs_triton
+def test_tokens_that_the_teacher_has_not_may_be_far_above_those_it_has():
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(6, TOKENS, generator=generator), torch.randn(6, 3000, generator=generator)
+    student[:, 3000:] += 300
+    labels = torch.randint(0, TOKENS, (6, 1), generator=generator)
+    expected_gradient = student.double()
+    expected = autograd_block(terms(2.0), expected_gradient, labels, teacher.double())
+    cross_entropy, divergence, gradient = evaluated(terms(2.0), student, labels, teacher)
+    torch.testing.assert_close(cross_entropy, expected.cross_entropy, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(divergence, expected.divergence, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-3, atol=1e-6)
+
+
+@needs_triton
 def test_tokens_that_both_rule_out_cost_nothing_and_values_alone_leave_the_logits():
     generator = torch.Generator().manual_seed(0)
     student, teacher = (torch.randn(4, TOKENS, generator=generator) for _ in range(2))

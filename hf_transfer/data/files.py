@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 DataFiles = str | list[str] | dict[str, str | list[str]]
 
-FILE_FORMATS = ("json", "csv", "parquet", "text", "imagefolder", "audiofolder")
+MEDIA_FOLDERS = {"imagefolder": "image", "audiofolder": "audio"}
+FILE_FORMATS = ("json", "csv", "parquet", "text", *MEDIA_FOLDERS)
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt")
 
 
@@ -55,8 +56,8 @@ def read_dataset(
             f"data.path = '{path}': expected a Hub id, a folder or a format ({', '.join(FILE_FORMATS)}); "
             "files go into data.data_files."
         )
-    if path == "audiofolder":  # paths: as Audio they would need torchcodec, and that FFmpeg
-        options["features"] = datasets.Features({"audio": datasets.Value("string"), "label": datasets.Value("string")})
+    if path in MEDIA_FOLDERS:
+        options |= _folder_of_files(path, Path(data_dir or base_dir))
     try:
         return datasets.load_dataset(path, data_dir=data_dir, data_files=data_files, **options)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
@@ -68,7 +69,26 @@ def read_dataset(
             alone = {"base_dir": base_dir, "data_dir": data_dir, **options}  # one split has columns that others lack
             parts = (read_dataset(path, data_files={split: some}, **alone) for split, some in data_files.items())
             return datasets.DatasetDict({split: rows for part in parts for split, rows in part.items()})
-        raise ConfigurationError(f"data: '{path}' cannot be loaded: {error.__cause__ or error}") from error
+        hint = ""
+        if "torchcodec" in str(error.__cause__):
+            hint = " A folder of sounds needs none as path: audiofolder with data_dir."
+        raise ConfigurationError(f"data: '{path}' cannot be loaded: {error.__cause__ or error}{hint}") from error
+
+
+def _folder_of_files(path: str, folder: Path) -> dict[str, Any]:
+    """What a folder of classes is read with: paths (as Audio they would need torchcodec), and labels that files beside
+    the classes lack."""
+    from datasets import Features, Value
+
+    metadata = next((file for file in folder.rglob("metadata.*") if file.suffix in SUFFIXES), None)
+    if metadata is not None and path == "imagefolder":
+        return {}
+    if metadata is not None:
+        raise ConfigurationError(
+            f"data.path = '{path}': '{metadata}' is a table of sounds. Read it as one: path: csv (or json), "
+            "data_files, columns: {audio: file_name}."
+        )
+    return {"features": Features({MEDIA_FOLDERS[path]: Value("string"), "label": Value("string")})}
 
 
 def _find_files(files: Any, folder: Path) -> Any:

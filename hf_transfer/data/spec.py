@@ -113,7 +113,7 @@ class DataSpec:
             raise ConfigurationError(f"data.unlabelled: {task} does not read it, only tasks of one label each do.")
         raw = self._read(base_dir)
         splits = {
-            split: self._with_roles(raw[name], name, roles_of(split, task), task)
+            split: self._with_roles(raw[name], name, roles_of(split, task), task, base_dir)
             for split, name in self._split_names(raw).items()
         }
         if "validation" not in splits and self.validation != 0:
@@ -136,12 +136,14 @@ class DataSpec:
         raw = self._read(base_dir)
         names = self._split_names(raw)
         splits = {
-            "unlabelled": self._with_roles(raw[names["train"]], names["train"], roles_of("unlabelled", task), task)
+            "unlabelled": self._with_roles(
+                raw[names["train"]], names["train"], roles_of("unlabelled", task), task, base_dir
+            )
         }
         needed = [(self.columns or {}).get(role, role) for role in roles_of("test", task) if role not in OPTIONAL]
         test = names.get("test")
         if test is not None and (self.test is not None or set(needed) <= set(raw[test].column_names)):
-            splits["test"] = self._with_roles(raw[test], test, roles_of("test", task), task)
+            splits["test"] = self._with_roles(raw[test], test, roles_of("test", task), task, base_dir)
         return DatasetDict(splits)
 
     def prepare(self, raw: Mapping[str, Dataset], processor: Any, *, task: str) -> PreparedData:
@@ -234,7 +236,7 @@ class DataSpec:
         sounds = role == "audio"
         reader = media.SoundReader(processor, self.max_seconds) if sounds else media.ImageReader(processor)
         prepared = {
-            split: media.with_inputs(rows, role=role, name=reader.name, labels=labels)
+            split: media.with_inputs(rows, split=split, role=role, name=reader.name, labels=labels)
             for split, rows in splits.items()
         }
         summaries = {split: SplitSummary(examples=len(rows), rows=len(rows)) for split, rows in splits.items()}
@@ -269,8 +271,8 @@ class DataSpec:
                 raise ConfigurationError(f"data.{split} = '{name}': that is the split to train on.")
         return names
 
-    def _with_roles(self, rows: Dataset, split: str, roles: Sequence[str], task: str) -> Dataset:
-        """Only the columns of these ``roles``, named by role."""
+    def _with_roles(self, rows: Dataset, split: str, roles: Sequence[str], task: str, base_dir: str | Path) -> Dataset:
+        """Only the columns of these ``roles``, named by role; paths of files start from ``data_dir``."""
         columns = self.columns or {}
         for role in columns:
             if role not in ROLES[task]:
@@ -285,7 +287,10 @@ class DataSpec:
                     f"data.columns: '{split}' has no column '{source}' to be the {role}. "
                     f"{nearest(source, rows.column_names)}"
                 )
-        return rows.select_columns(list(sources)).rename_columns(sources)
+        rows, reads = rows.select_columns(list(sources)).rename_columns(sources), find_task(task).reads
+        if reads == "text":
+            return rows
+        return media.under(rows, reads, Path(base_dir).expanduser() / Path(self.data_dir or "").expanduser())
 
     def _hold_out(self, rows: Dataset) -> tuple[Dataset, Dataset]:
         """What is left to train on, and what is held out."""

@@ -24,11 +24,10 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from itertools import cycle
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean, stdev
@@ -182,10 +181,12 @@ SHIFTS = {
 def two_forwards(shift: Shift, model: Any, domains: dict[str, Rows], seed: int) -> None:
     """DANN without a library."""
     generator = torch.Generator().manual_seed(seed)
-    batches = [
-        iter(cycle(DataLoader(domains[name], shift.batch, shuffle=True, drop_last=True, generator=generator)))
-        for name in ("source", "target")
-    ]
+
+    def endless(rows: Rows) -> Iterator[dict[str, Any]]:
+        while True:
+            yield from DataLoader(rows, shift.batch, shuffle=True, drop_last=True, generator=generator)
+
+    batches = [endless(domains[name]) for name in ("source", "target")]
     width = shift.features(model.eval(), domains["source"][0]["pixel_values"][None]).shape[1]
     critic = nn.Sequential(nn.Linear(width, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 2))
     parameters = [*model.train().parameters(), *critic.parameters()]

@@ -10,6 +10,7 @@ import pytest
 import soundfile
 import torch
 from datasets import Dataset
+from datasets import Image as ImageFeature
 from PIL import Image
 from transformers import ViTImageProcessor, Wav2Vec2FeatureExtractor
 
@@ -129,10 +130,68 @@ def test_columns_of_a_table_and_rows_without_labels():
     assert prepared.train[5]["labels"] == -100
 
 
+def test_an_image_is_turned_as_it_is_seen_and_16_bits_are_scaled(tmp_path):
+    turned = Image.fromarray(grey())
+    exif = turned.getexif()
+    exif[0x0112] = 6  # seen after a quarter turn to the right
+    turned.save(tmp_path / "turned.png", exif=exif)
+    assert np.array_equal(np.asarray(read_image(str(tmp_path / "turned.png"))), np.rot90(grey(), k=-1))
+    Image.fromarray(grey().astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    assert np.array_equal(np.asarray(read_image(str(tmp_path / "deep.png"))), grey())
+    assert read_image(grey()[..., None]).mode == "L"
+
+
+def test_sets_that_store_files_differently_are_joined_and_paths_start_from_the_data(tmp_path):
+    folder = media.write_images(tmp_path / "images", count=2)
+    (tmp_path / "rows.csv").write_text("file,label\nimages/train/upper/0.png,upper\nimages/train/lower/1.png,lower\n")
+    data = DataSpec(path="csv", data_files="rows.csv", columns={"image": "file"}, validation=0)
+    raw = data.load(task=IMAGES, base_dir=tmp_path)
+    unlabelled = Dataset.from_dict({"image": [Image.open(folder / "test/upper/0.png")]})
+    prepared = data.prepare({**raw, "unlabelled": unlabelled}, SIXTEEN, task=IMAGES)
+    assert [prepared.train[row]["pixel_values"].shape for row in range(3)] == [(3, 16, 16)] * 3
+
+
+def test_files_beside_the_classes_are_unlabelled(tmp_path):
+    folder = media.write_images(tmp_path / "images", count=4)
+    for file in [*folder.glob("test/*/*.png")]:
+        file.rename(folder / "test" / file.name)
+    data = DataSpec(path="imagefolder", data_dir=str(folder))
+    prepared = data.prepare(data.load(task=IMAGES), SIXTEEN, task=IMAGES)
+    assert prepared.label_names == ["lower", "upper"]
+    assert prepared.test is None
+    assert "the labels of test are withheld" in prepared.notes[0]
+
+
+def test_a_sound_without_a_mask_is_padded_to_the_seconds_it_is_cut_to(tmp_path):
+    folder = media.write_sounds(tmp_path / "sounds", count=4)
+    extractor = Wav2Vec2FeatureExtractor(sampling_rate=8000, return_attention_mask=False)
+    data = DataSpec(path="audiofolder", data_dir=str(folder), max_seconds=0.3)
+    rows = data.prepare(data.load(task=SOUNDS), extractor, task=SOUNDS).train
+    assert {len(rows[row]["input_values"]) for row in range(4)} == {2400}
+
+
+def test_a_row_without_a_file_and_a_table_of_sounds_are_refused(tmp_path):
+    train = Dataset.from_dict({"image": [png(grey()), None], "label": ["a", "b"]})
+    train = train.map(lambda row: {"image": row["image"] and {"bytes": row["image"], "path": None}})
+    with pytest.raises(ConfigurationError, match=r"'image' is missing in 1 of 2 rows of 'train' \(first in row 1\)"):
+        DataSpec(path="json").prepare({"train": train}, SIXTEEN, task=IMAGES)
+    numbers = Dataset.from_dict({"image": [1, 2], "label": ["a", "b"]})
+    with pytest.raises(ConfigurationError, match="'image' of 'train' holds int64: expected files"):
+        DataSpec(path="json").prepare({"train": numbers}, SIXTEEN, task=IMAGES)
+    folder = media.write_sounds(tmp_path / "sounds", count=2)
+    (folder / "train" / "metadata.csv").write_text("file_name,label\nlow/0.wav,low\n")
+    with pytest.raises(ConfigurationError, match=r"metadata.csv' is a table of sounds. Read it as one: path: csv"):
+        DataSpec(path="audiofolder", data_dir=str(folder)).load(task=SOUNDS)
+    with pytest.raises(ConfigurationError, match="A folder of sounds needs none as path: audiofolder"):
+        DataSpec(path=str(media.write_sounds(tmp_path / "more", count=2))).load(task=SOUNDS)
+
+
 @pytest.mark.parametrize(
     ("stored", "message"),
     [
         ({"bytes": b"no image", "path": "a.png"}, "'a.png' is no image that can be read"),
+        (np.full((4, 4), 300), "an example is no image that can be read: pixels from 300 to 300"),
+        (np.full((4, 4), 0.5), "an example is no image that can be read: pixels from 0.5 to 0.5"),
         ("not/there.png", "'not/there.png' is no image that can be read"),
         ({"bytes": png(grey())[:50], "path": None}, "an example is no image that can be read"),
     ],
@@ -182,11 +241,11 @@ def test_a_missing_column_and_a_length_that_is_none_are_refused(tmp_path):
 def test_a_digest_names_files_and_what_is_done_to_them(tmp_path):
     folder = media.write_images(tmp_path / "images", count=2)
     paths = sorted(map(str, folder.glob("train/*/*.png")))
-    rows = Dataset.from_dict({"pixel_values": paths})
+    rows = Dataset.from_dict({"pixel_values": paths}).cast_column("pixel_values", ImageFeature(decode=False))
     reader = ImageReader(SIXTEEN)
     assert reader.digest(rows) == ImageReader(ViTImageProcessor(size={"height": 16, "width": 16})).digest(rows)
     assert reader.digest(rows) != ImageReader(ViTImageProcessor(size={"height": 8, "width": 8})).digest(rows)
-    sounds = Dataset.from_dict({"input_values": paths})
+    sounds = rows.rename_column("pixel_values", "input_values")
     assert SoundReader(EIGHT).digest(sounds) != SoundReader(EIGHT, max_seconds=1.0).digest(sounds)
     before = reader.digest(rows)
     os.utime(paths[0], ns=(1, 1))
