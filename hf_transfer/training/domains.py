@@ -50,6 +50,9 @@ class DomainTrainer(TransferTrainer):
     better low, the density high; the distance says nothing of the classes. Where ``eval_dataset`` is several sets they
     are left out.
 
+    Batch norm layers take each domain by its own statistics, though both are in one batch
+    (``hf_transfer.batch_norm``).
+
     Args:
         model: As for ``TransferTrainer``.
         args: As for ``TransferTrainer``; a batch size counts pairs.

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import has_length
 
+from hf_transfer.batch_norm import batch_norms, statistics_by_domain
 from hf_transfer.batches import EXAMPLE_INDEX
 from hf_transfer.data.domains import DOMAIN, LABELS, DomainCollator, DomainPairs, DomainStream
 from hf_transfer.depth import named_parameters, original_name
@@ -125,6 +126,10 @@ class TransferTrainer(Trainer):
         if self._pairs is not None and self.compute_loss_func is None and loss_kind(self.model) == "classification":
             if problem_type(transformer_in(self.model).config) != "single_label_classification":
                 self.compute_loss_func = labelled_loss  # the model's own may read -100 as a number
+        self._batch_norms = batch_norms(self.model) if self._pairs is not None else []
+        if self._batch_norms and (self.args.gradient_checkpointing or self.args.activation_checkpointing):
+            logger.warning("Batch norm takes both domains together: recomputed activations cannot tell them apart.")
+            self._batch_norms = []
         self._loss_shifts_labels = shifts_labels(self.model)
         self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs and self._loss_shifts_labels
         if self._by_depth:
@@ -201,7 +206,8 @@ class TransferTrainer(Trainer):
         for wanted in ("hidden_states", "attentions"):
             if any(getattr(objective, wanted) for objective in self.objectives):
                 model_inputs[f"output_{wanted}"] = True
-        with self._replayed(inputs, model_inputs), self._fused(inputs) as fused:
+        apart = statistics_by_domain(self._batch_norms, inputs.get(DOMAIN))
+        with self._replayed(inputs, model_inputs), apart, self._fused(inputs) as fused:
             loss, outputs = super().compute_loss(model, model_inputs, True, num_items_in_batch)
         if num_items_in_batch is None:
             loss = self._shared(loss, "labels", inputs)
