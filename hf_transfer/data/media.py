@@ -123,20 +123,21 @@ class SoundReader(Reader):
 
     Args:
         processor: The model's feature extractor.
-        max_seconds: What a sound is cut to; and padded to, where the model reads no attention mask, for what it says
-            of a sound would else depend on the longest of the batch.
+        max_seconds: What a sound is cut to; and padded to, where the model reads samples and no attention mask, for
+            what it says of a sound would else depend on the longest of the batch.
     """
 
     max_seconds: float | None = None
 
     def read(self, stored: list[Any]) -> dict[str, list[Any]]:
         rate = self.processor.sampling_rate
-        options: dict[str, Any] = {"sampling_rate": rate, "return_tensors": "np"}
         most = None if self.max_seconds is None else round(self.max_seconds * rate)
-        if most is not None and self.processor.return_attention_mask is False:
-            options |= {"padding": "max_length", "max_length": most, "truncation": True}
         sounds = [resampled(*read_sound(each), rate)[:most] for each in stored]
-        return {self.name: [self.processor(sound, **options)[self.name][0] for sound in sounds]}
+        inputs = [self.processor(sound, sampling_rate=rate, return_tensors="np")[self.name][0] for sound in sounds]
+        if most is not None and self.processor.return_attention_mask is False and inputs[0].ndim == 1:
+            filler = self.processor.padding_value
+            inputs = [np.pad(samples, (0, most - len(samples)), constant_values=filler) for samples in inputs]
+        return {self.name: inputs}
 
     def note(self, stored: Any) -> str | None:
         found, expected = read_sound(stored)[1], self.processor.sampling_rate

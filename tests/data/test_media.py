@@ -12,7 +12,12 @@ import torch
 from datasets import Dataset
 from datasets import Image as ImageFeature
 from PIL import Image
-from transformers import ViTImageProcessor, Wav2Vec2FeatureExtractor
+from transformers import (
+    ASTFeatureExtractor,
+    ViTImageProcessor,
+    Wav2Vec2FeatureExtractor,
+    WhisperFeatureExtractor,
+)
 
 from hf_transfer.data.media import ImageReader, SoundReader, read_image, read_sound, resampled
 from hf_transfer.data.spec import DataSpec
@@ -168,6 +173,23 @@ def test_a_sound_without_a_mask_is_padded_to_the_seconds_it_is_cut_to(tmp_path):
     data = DataSpec(path="audiofolder", data_dir=str(folder), max_seconds=0.3)
     rows = data.prepare(data.load(task=SOUNDS), extractor, task=SOUNDS).train
     assert {len(rows[row]["input_values"]) for row in range(4)} == {2400}
+
+
+@pytest.mark.parametrize(
+    "extractor",
+    [
+        ASTFeatureExtractor(sampling_rate=8000, max_length=20, num_mel_bins=16),
+        WhisperFeatureExtractor(sampling_rate=8000, feature_size=16, chunk_length=1),
+    ],
+    ids=lambda extractor: type(extractor).__name__,
+)
+def test_spectrograms_are_as_long_as_their_extractor_makes_them(extractor, tmp_path):
+    folder = media.write_sounds(tmp_path / "sounds", count=4)
+    data = DataSpec(path="audiofolder", data_dir=str(folder), max_seconds=0.15)
+    prepared = data.prepare(data.load(task=SOUNDS), extractor, task=SOUNDS)
+    batch = prepared.collator([prepared.train[row] for row in range(4)])
+    expected = (4, 20, 16) if isinstance(extractor, ASTFeatureExtractor) else (4, 16, 50)
+    assert batch[extractor.model_input_names[0]].shape == expected
 
 
 def test_a_row_without_a_file_and_a_table_of_sounds_are_refused(tmp_path):
