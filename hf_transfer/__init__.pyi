@@ -1,4 +1,5 @@
 from .adapt import DomainAdversarialRecipe, DomainAlignmentRecipe
+from .adapters import BottleneckConfig
 from .compare import CompareRecipe
 from .data.domains import DomainPairs, DomainStream
 from .data.spec import DataSpec
@@ -8,7 +9,7 @@ from .distill import DistillationRecipe
 from .errors import ConfigurationError
 from .features import PrefixCache, extract_features
 from .heads import add_mean_pooling, fit_head
-from .models import ModelSpec, load_model, load_tokenizer, load_trained
+from .models import ModelSpec, load_model, load_processor, load_tokenizer, load_trained
 from .objectives import (
     CORAL,
     L2SP,
@@ -45,6 +46,7 @@ __all__ = [
     "L2SP",
     "MMD",
     "AttentionMatching",
+    "BottleneckConfig",
     "CompareRecipe",
     "ConditionalAdversarial",
     "ConfigurationError",
@@ -90,6 +92,7 @@ __all__ = [
     "head_names",
     "layer_map",
     "load_model",
+    "load_processor",
     "load_tokenizer",
     "load_trained",
     "parameter_depths",

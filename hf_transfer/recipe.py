@@ -97,6 +97,8 @@ def adapter_class(method: str, *, where: str = "adapter") -> type[PeftConfig]:
     """
     from peft import PEFT_TYPE_TO_CONFIG_MAPPING
 
+    import hf_transfer.adapters  # noqa: F401  (its method registers itself)
+
     classes = {kind.value.lower(): cls for kind, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     if not isinstance(method, str) or method not in classes:
         raise ConfigurationError(f"{where}.method = {method!r}: PEFT has no such method. {nearest(method, classes)}")
