@@ -77,6 +77,7 @@ class DomainAdversarialRecipe(DomainRecipe):
         dropout: Between them.
         spectral_norm: Bound the critic's slope.
         critic_learning_rate: By default the run's.
+        batch_norm_by_domain: Let batch norm layers take each domain by its own statistics, as two forward passes do.
     """
 
     name: ClassVar[str] = "domain_adversarial"
@@ -89,6 +90,7 @@ class DomainAdversarialRecipe(DomainRecipe):
     dropout: float = 0.0
     spectral_norm: bool = False
     critic_learning_rate: float | None = None
+    batch_norm_by_domain: bool = True
 
     def _trainer(self, model: PreTrainedModel, arguments: TrainingArguments, **options: Any) -> TransferTrainer:
         from hf_transfer.training.domains import DomainAdversarialTrainer
@@ -104,6 +106,7 @@ class DomainAdversarialRecipe(DomainRecipe):
             dropout=self.dropout,
             spectral_norm=self.spectral_norm,
             critic_learning_rate=self.critic_learning_rate,
+            batch_norm_by_domain=self.batch_norm_by_domain,
             oracle_dataset=self._oracle,
             task_weight=self.task_weight,
             fused_loss=self.fused_loss,
@@ -124,6 +127,7 @@ class DomainAlignmentRecipe(DomainRecipe):
         estimator: Of mmd: biased, unbiased, or for large batches linear or random_features.
         bandwidth: Of the kernels: a number, mean or median (of the squared distances in each batch).
         multiples: Of the bandwidth, one kernel each.
+        batch_norm_by_domain: Let batch norm layers take each domain by its own statistics, as two forward passes do.
     """
 
     name: ClassVar[str] = "domain_alignment"
@@ -134,6 +138,7 @@ class DomainAlignmentRecipe(DomainRecipe):
     estimator: Literal["biased", "unbiased", "linear", "random_features"] = "biased"
     bandwidth: float | Literal["mean", "median"] = "mean"
     multiples: tuple[float, ...] = MULTIPLES
+    batch_norm_by_domain: bool = False
 
     def _trainer(self, model: PreTrainedModel, arguments: TrainingArguments, **options: Any) -> TransferTrainer:
         from hf_transfer.training.domains import DomainAlignmentTrainer
@@ -147,6 +152,7 @@ class DomainAlignmentRecipe(DomainRecipe):
             estimator=self.estimator,
             bandwidth=self.bandwidth,
             multiples=self.multiples,
+            batch_norm_by_domain=self.batch_norm_by_domain,
             oracle_dataset=self._oracle,
             task_weight=self.task_weight,
             fused_loss=self.fused_loss,

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 from transformers import ResNetConfig, ResNetForImageClassification, default_data_collator
 
-from hf_transfer import DomainAdversarialTrainer, DomainPairs
+from hf_transfer import DomainAdversarialTrainer, DomainAlignmentTrainer, DomainPairs
 from hf_transfer.adversarial import reverse_gradient
 from hf_transfer.batch_norm import batch_norms, statistics_by_domain
 from tests.tiny import arguments
@@ -56,6 +56,21 @@ def test_a_step_is_that_of_two_passes(tmp_path):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-6, msg=name)
     for (name, ours), theirs in zip(model.named_buffers(), naive.buffers(), strict=True):
         torch.testing.assert_close(ours, theirs, msg=name)
+
+
+def test_it_can_be_left_out_and_is_for_a_discrepancy(tmp_path):
+    pairs = DomainPairs(images(6, 0.0, seed=1), images(6, 2.0, seed=2))
+    options = {"train_dataset": pairs, "data_collator": default_data_collator}
+    model, settings = resnet(), arguments(tmp_path, per_device_train_batch_size=6)
+    batch = next(iter(trainer_of(model, tmp_path).get_train_dataloader()))
+    inputs = {name: value for name, value in batch.items() if name != "domain"}
+    expected = functional.cross_entropy(model.train()(inputs["pixel_values"]).logits, inputs["labels"])
+    for kind, changes in (
+        (DomainAlignmentTrainer, {"weight": 0.0}),
+        (DomainAdversarialTrainer, {"weight": 0.0, "batch_norm_by_domain": False}),
+    ):
+        trainer = kind(model, settings, **options, **changes)
+        torch.testing.assert_close(trainer.compute_loss(model.train(), dict(batch)), expected)
 
 
 def test_a_source_row_does_not_depend_on_the_target():

@@ -50,9 +50,6 @@ class DomainTrainer(TransferTrainer):
     better low, the density high; the distance says nothing of the classes. Where ``eval_dataset`` is several sets they
     are left out.
 
-    Batch norm layers take each domain by its own statistics, though both are in one batch
-    (``hf_transfer.batch_norm``).
-
     Args:
         model: As for ``TransferTrainer``.
         args: As for ``TransferTrainer``; a batch size counts pairs.
@@ -200,6 +197,8 @@ class DomainAdversarialTrainer(DomainTrainer):
         spectral_norm: See ``DomainAdversarial``.
         critic_learning_rate: See ``DomainAdversarial``.
         objectives: Further terms.
+        batch_norm_by_domain: See ``TransferTrainer``. On by default: between MNIST and USPS a critic gained 0 to 4
+            points from it, a discrepancy lost 1 to 3.
         **options: As for ``DomainTrainer``.
 
     Raises:
@@ -230,8 +229,10 @@ class DomainAdversarialTrainer(DomainTrainer):
         spectral_norm: bool = False,
         critic_learning_rate: float | None = None,
         objectives: Iterable[Objective] = (),
+        batch_norm_by_domain: bool = True,
         **options: Any,
     ) -> None:
+        options["batch_norm_by_domain"] = batch_norm_by_domain
         kind = ConditionalAdversarial if conditional else DomainAdversarial
         term = kind(
             weight=weight,

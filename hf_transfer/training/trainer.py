@@ -68,6 +68,8 @@ class TransferTrainer(Trainer):
         fused_loss: Compute the loss of a causal language model, and a ``Distillation`` among the objectives, from the
             last hidden states a few rows at a time, so that the logits of tokens x vocabulary are never held. Where
             the model or another objective does not allow it, a warning says why and the logits are computed.
+        batch_norm_by_domain: Let batch norm layers take each domain of ``DomainPairs`` by its own statistics, as two
+            forward passes would, though both are in one batch.
         **trainer_arguments: As for ``Trainer``: ``train_dataset``, ``eval_dataset``, ``processing_class``, ...
 
     Raises:
@@ -101,6 +103,7 @@ class TransferTrainer(Trainer):
         frozen_prefix_cache: str | Path | None = None,
         frozen_prefix_dtype: Precision = "bfloat16",
         fused_loss: bool = False,
+        batch_norm_by_domain: bool = False,
         **trainer_arguments: Any,
     ) -> None:
         self.objectives = list(objectives)
@@ -126,7 +129,7 @@ class TransferTrainer(Trainer):
         if self._pairs is not None and self.compute_loss_func is None and loss_kind(self.model) == "classification":
             if problem_type(transformer_in(self.model).config) != "single_label_classification":
                 self.compute_loss_func = labelled_loss  # the model's own may read -100 as a number
-        self._batch_norms = batch_norms(self.model) if self._pairs is not None else []
+        self._batch_norms = batch_norms(self.model) if batch_norm_by_domain and self._pairs is not None else []
         if self._batch_norms and (self.args.gradient_checkpointing or self.args.activation_checkpointing):
             logger.warning("Batch norm takes both domains together: recomputed activations cannot tell them apart.")
             self._batch_norms = []
