@@ -18,7 +18,7 @@ def batch_norms(model: nn.Module) -> list[nn.Module]:
 
 
 @contextmanager
-def statistics_by_domain(layers: Sequence[nn.Module], domain: Tensor | None) -> Iterator[None]:
+def statistics_by_domain(layers: Sequence[nn.Module], domains: int) -> Iterator[None]:
     """Let ``layers`` normalise the rows of each domain by that domain's own statistics, as if they came one domain
     after the other: what the model says of a source row then does not depend on the target's, and both domains are
     drawn together by their first two moments at every layer (Li et al. 2016, AdaBN).
@@ -28,21 +28,16 @@ def statistics_by_domain(layers: Sequence[nn.Module], domain: Tensor | None) -> 
 
     Args:
         layers: What :func:`batch_norms` gave.
-        domain: The number of each row's domain (N,), or None for a batch of one.
+        domains: How many take turns in a batch, row by row, as ``DomainCollator`` puts them.
     """
     with ExitStack() as stack:
-        if layers and domain is not None:
-            order = domain.argsort(stable=True)
-            sizes = [size for size in domain.bincount().tolist() if size]
-            for layer in layers:
-                stack.enter_context(forward_as(layer, partial(_apart, layer, layer.forward, order, sizes)))
+        for layer in layers:
+            stack.enter_context(forward_as(layer, partial(_apart, layer, layer.forward, domains)))
         yield
 
 
-def _apart(
-    layer: nn.Module, forward: Callable[[Tensor], Tensor], order: Tensor, sizes: list[int], rows: Tensor
-) -> Tensor:
-    if not layer.training or len(rows) != len(order):
+def _apart(layer: nn.Module, forward: Callable[[Tensor], Tensor], domains: int, rows: Tensor) -> Tensor:
+    if not layer.training:
         return forward(rows)
-    parts = rows[order.to(rows.device)].split(sizes)
-    return torch.cat([forward(part) for part in parts])[order.argsort().to(rows.device)]
+    parts = rows.unflatten(0, (-1, domains)).unbind(1)
+    return torch.stack([forward(part.contiguous()) for part in parts], 1).flatten(0, 1)

@@ -209,7 +209,8 @@ class TransferTrainer(Trainer):
         for wanted in ("hidden_states", "attentions"):
             if any(getattr(objective, wanted) for objective in self.objectives):
                 model_inputs[f"output_{wanted}"] = True
-        apart = statistics_by_domain(self._batch_norms, inputs.get(DOMAIN))
+        domains = self._pairs.domains if self._pairs is not None else 1
+        apart = statistics_by_domain(self._batch_norms, domains)
         with self._replayed(inputs, model_inputs), apart, self._fused(inputs) as fused:
             loss, outputs = super().compute_loss(model, model_inputs, True, num_items_in_batch)
         if num_items_in_batch is None:

@@ -1,6 +1,6 @@
 """What domain adaptation costs: a DANN step beside plain Trainer's, DANN beside a two-forward loop, MMD beside cdist.
 
-    python scripts/bench/adapt.py [--model NAME] [--rounds 7] [--data DATA]
+    python scripts/bench/adapt.py [--model NAME] [--rounds 7] [--data DATA] [--parts 1 2 3 4]
 
 All at one thread, in CPU seconds of the process, variants taking turns, medians over rounds.
 
@@ -164,18 +164,20 @@ def show(number: int, name: str, time: float, other: str, other_time: float, goa
     )
 
 
-def compare_steps(model: str, rounds: int, folder: str) -> None:
+def compare_steps(model: str, rounds: int, folder: str, parts: list[int]) -> None:
     config = AutoConfig.from_pretrained(resolve(model))
     rows, pairs = texts(128), DomainPairs(texts(64), texts(64))
-    plain, dann = alternately(
-        rounds,
-        lambda: step(Trainer, config, rows, 32, 4, folder),
-        lambda: step(DomainAdversarialTrainer, config, pairs, 16, 4, folder),
-    )
-    show(1, "plain Trainer", plain, "DANN", dann, 1.05)
-    parts = samples(256)
-    (added,) = alternately(rounds, lambda: seconds(lambda: gradients(mmd, parts)))
-    show(2, "plain Trainer", step(Trainer, config, texts(512), 512, 1, folder), "MMD", added, 0.02)
+    if 1 in parts:
+        plain, dann = alternately(
+            rounds,
+            lambda: step(Trainer, config, rows, 32, 4, folder),
+            lambda: step(DomainAdversarialTrainer, config, pairs, 16, 4, folder),
+        )
+        show(1, "plain Trainer", plain, "DANN", dann, 1.05)
+    if 2 in parts:
+        both = samples(256)
+        (added,) = alternately(rounds, lambda: seconds(lambda: gradients(mmd, both)))
+        show(2, "plain Trainer", step(Trainer, config, texts(512), 512, 1, folder), "MMD", added, 0.02)
 
 
 def compare_mmd(n: int, goal: float, rounds: int) -> None:
@@ -198,6 +200,7 @@ def main() -> None:
     parser.add_argument("--model", default="sentence-transformers/all-MiniLM-L6-v2")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--data", type=Path)
+    parser.add_argument("--parts", type=int, nargs="+", choices=[1, 2, 3, 4], default=[1, 2, 3, 4])
     parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -205,11 +208,11 @@ def main() -> None:
         print_peak(options.peak[0], int(options.peak[1]))
         return
     with tempfile.TemporaryDirectory() as folder:
-        compare_steps(options.model, options.rounds, folder)
-        if options.data is not None:
+        compare_steps(options.model, options.rounds, folder, options.parts)
+        if options.data is not None and 3 in options.parts:
             ours, loop = digits_loop(options.data, options.rounds, folder)
             show(3, "two forwards", loop, "DomainAdversarialTrainer", ours, 0.8)
-    for n, goal in SIZES.items():
+    for n, goal in SIZES.items() if 4 in options.parts else ():
         compare_mmd(n, goal, options.rounds)
 
 
