@@ -231,7 +231,7 @@ REFUSED = {
     "unknown 'float61'.*'float16'": {"dtype": "float61"},
     "different batches of the same examples": {"data_collator": random_mask},
     "found list": {"rows": [{"input_ids": [1, 2]}]},
-    "transform set on the fly": {"rows": small_rows().with_transform(lambda batch: batch)},
+    "transform of your own set on the fly": {"rows": small_rows().with_transform(lambda batch: batch)},
     "expected a column 'input_ids'.*tokens": {"rows": small_rows().rename_column("input_ids", "tokens")},
 }
 

@@ -7,7 +7,7 @@ PACKAGE = Path(__file__).parent.parent / "hf_transfer"
 GROUND = set("errors functional schedules depth heads activations cuts data tasks checkpoints models schema".split())
 GROUND |= {"report", "environment", "losses", "linear_head", "linear_loss", "linear_blocks", "targets", "vocabularies"}
 GROUND |= {"students", "batches", "teacher_rows", "teacher_pass", "teacher_store"}
-GROUND |= {"adversarial", "discrepancy", "pooling", "ranks", "scores"}
+GROUND |= {"adapters", "adversarial", "batch_norm", "discrepancy", "linear_kernels", "pooling", "ranks", "scores"}
 LAYERS = [
     GROUND,
     {"features", "objectives"},
