@@ -314,6 +314,13 @@ class TestResolving:
         assert resolve(BUNDLED) == str(snapshot)
         assert not hub
 
+    def test_a_cached_model_of_images_has_a_processor_in_place_of_a_tokenizer(self, models, tmp_path, hub):
+        tokenizer = ("tokenizer.json", "tokenizer_config.json")
+        snapshot = self.cache(models, tmp_path / "cache", without=tokenizer)
+        assert resolve(BUNDLED) == BUNDLED
+        (snapshot / "preprocessor_config.json").write_text("{}")
+        assert resolve(BUNDLED) == str(snapshot)
+
     def test_then_the_hub_asked_once(self, package, hub):
         assert resolve(BUNDLED) == resolve(BUNDLED) == BUNDLED
         assert len(hub) == 1

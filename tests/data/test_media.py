@@ -19,6 +19,7 @@ from transformers import (
     WhisperFeatureExtractor,
 )
 
+from hf_transfer.batches import Batches
 from hf_transfer.data.media import ImageReader, SoundReader, read_image, read_sound, resampled
 from hf_transfer.data.spec import DataSpec
 from hf_transfer.errors import ConfigurationError
@@ -272,6 +273,20 @@ def test_a_digest_names_files_and_what_is_done_to_them(tmp_path):
     before = reader.digest(rows)
     os.utime(paths[0], ns=(1, 1))
     assert reader.digest(rows) != before
+
+
+def test_what_is_cached_of_files_is_named_after_what_is_made_of_them(tmp_path):
+    folder = media.write_images(tmp_path / "images", count=2)
+    data = DataSpec(path="imagefolder", data_dir=str(folder))
+
+    def digest(size: int) -> str:
+        processor = ViTImageProcessor(size={"height": size, "width": size})
+        prepared = data.prepare(data.load(task=IMAGES), processor, task=IMAGES)
+        inputs = {"main_input": "pixel_values", "inputs": ["pixel_values"]}
+        return Batches(prepared.train, prepared.collator, **inputs).digest()
+
+    assert digest(16) == digest(16)
+    assert digest(16) != digest(8)
 
 
 def test_what_a_transform_gives_survives_selection_and_workers(tmp_path):
