@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
@@ -12,9 +13,11 @@ from peft import AutoPeftModelForSequenceClassification, PeftModel, PeftType, ge
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional
-from transformers import BertForSequenceClassification
+from transformers import AutoConfig, AutoModel, BertForSequenceClassification
+from transformers.pytorch_utils import Conv1D
 
 from hf_transfer.adapters import BottleneckConfig, BottleneckLayer
+from hf_transfer.adapters.placements import BLOCK_ENDS
 from hf_transfer.depth import block_names
 from hf_transfer.errors import ConfigurationError
 from hf_transfer.models import ModelSpec, load_model
@@ -64,6 +67,19 @@ def test_every_block_gets_its_adapters_and_starts_as_it_was(family, placement):
         assert torch.equal(layer(x), layer.base_layer(x))
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained == {name for name, _ in model.named_parameters() if "bottleneck_" in name}
+
+
+@pytest.mark.parametrize("model_type", BLOCK_ENDS)
+def test_both_halves_of_every_block_of_an_architecture_are_found(model_type):
+    with torch.device("meta"):
+        model = AutoModel.from_config(AutoConfig.for_model(model_type))
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    attention, feed_forward = (
+        [name for name in linear if re.fullmatch(rf".*\b({end})", name)] for end in BLOCK_ENDS[model_type]
+    )
+    crossing = [name for name in attention if "encoder_attn" in name or "EncDecAttention" in name]
+    towers = 2 if model_type == "clip" else 1
+    assert len(attention) - len(crossing) == len(feed_forward) == towers * len(block_names(model))
 
 
 def test_an_architecture_that_is_not_known_says_what_to_give():
@@ -204,10 +220,8 @@ def test_several_by_name_switched_disabled_stacked_and_deleted():
     model.set_adapter("second")
     assert not torch.allclose(model(**inputs).logits, first)
     layer, x = layers_of(model)[0], torch.randn(2, 16)
-    alone = {}
     for name in ("default", "second"):
         layer.set_adapter(name)
-        alone[name] = layer
         h = layer.base_layer(x)
         torch.testing.assert_close(layer(x), h + layer._added(name, h))
     layer.set_adapter(["default", "second"])

@@ -57,6 +57,4 @@ class BottleneckModel(BaseTuner):
         self._replace_module(parent, target_name, layer, target)
 
     def _check_merge_allowed(self) -> None:
-        for module in self.model.modules():
-            if isinstance(module, BottleneckLayer):
-                module.merge()
+        next(module for module in self.model.modules() if isinstance(module, BottleneckLayer)).merge()

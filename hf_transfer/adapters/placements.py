@@ -13,14 +13,16 @@ _LLAMA = (r"self_attn\.o_proj", r"mlp\.down_proj")
 _BART = (r"(self_attn|encoder_attn)\.out_proj", r"layers\.\d+\.fc2")
 _VIT = (r"attention\.o_proj", r"mlp\.fc2")
 
-_LIKE_BERT = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "deberta", "deberta-v2", "mpnet")
+_LIKE_BERT = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "deberta", "deberta-v2")
 _LIKE_LLAMA = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "olmo2", "smollm3")
 
 BLOCK_ENDS: dict[str, tuple[str, str]] = {
     **dict.fromkeys(_LIKE_BERT, _BERT),
     **dict.fromkeys(_LIKE_LLAMA, _LLAMA),
-    **dict.fromkeys(("bart", "mbart", "opt", "whisper", "marian", "clip"), _BART),
+    **dict.fromkeys(("bart", "mbart", "opt", "whisper", "marian"), _BART),
     **dict.fromkeys(("vit", "dinov2", "swin", "deit"), _VIT),
+    "mpnet": (r"attention\.attn\.o", _BERT[1]),
+    "clip": (r"self_attn\.out_proj", _VIT[1]),
     "distilbert": (r"attention\.out_lin", r"ffn\.lin2"),
     "modernbert": (r"attn\.Wo", r"mlp\.Wo"),
     "dinov3_vit": (r"attention\.o_proj", r"mlp\.down_proj"),

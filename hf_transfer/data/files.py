@@ -57,7 +57,7 @@ def read_dataset(
             "files go into data.data_files."
         )
     if path in MEDIA_FOLDERS:
-        options |= _folder_of_files(path, Path(data_dir or base_dir))
+        options |= _folder_of_files(path, data_dir)
     try:
         return datasets.load_dataset(path, data_dir=data_dir, data_files=data_files, **options)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
@@ -75,12 +75,13 @@ def read_dataset(
         raise ConfigurationError(f"data: '{path}' cannot be loaded: {error.__cause__ or error}{hint}") from error
 
 
-def _folder_of_files(path: str, folder: Path) -> dict[str, Any]:
+def _folder_of_files(path: str, data_dir: str | None) -> dict[str, Any]:
     """What a folder of classes is read with: paths (as Audio they would need torchcodec), and labels that files beside
     the classes lack."""
     from datasets import Features, Value
 
-    metadata = next((file for file in folder.rglob("metadata.*") if file.suffix in SUFFIXES), None)
+    tables = Path(data_dir).rglob("metadata.*") if data_dir else ()
+    metadata = next((file for file in tables if file.suffix in SUFFIXES), None)
     if metadata is not None and path == "imagefolder":
         return {}
     if metadata is not None:

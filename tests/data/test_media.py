@@ -157,6 +157,14 @@ def test_sets_that_store_files_differently_are_joined_and_paths_start_from_the_d
     assert [prepared.train[row]["pixel_values"].shape for row in range(3)] == [(3, 16, 16)] * 3
 
 
+def test_files_named_one_by_one_are_not_searched_for_beside_them(tmp_path):
+    media.write_sounds(tmp_path / "sounds", count=4)
+    (tmp_path / "metadata.csv").write_text("of,something\nelse,\n")
+    files = {split: f"sounds/{split}/*/*.wav" for split in ("train", "validation")}
+    raw = DataSpec(path="audiofolder", data_files=files).load(task=SOUNDS, base_dir=tmp_path)
+    assert sorted(raw["train"]["label"][:]) == ["high", "high", "low", "low"]
+
+
 def test_files_beside_the_classes_are_unlabelled(tmp_path):
     folder = media.write_images(tmp_path / "images", count=4)
     for file in [*folder.glob("test/*/*.png")]:
