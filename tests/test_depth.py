@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import re
 from collections.abc import Callable, Iterable
@@ -247,7 +248,7 @@ ROWS = [(name, task) for name, family in FAMILIES.items() for task in ["", *fami
 def make(family: str, task: str = "") -> transformers.PreTrainedModel:
     torch.manual_seed(0)
     auto = getattr(transformers, f"AutoModelFor{task}" if task else "AutoModel")
-    return auto.from_config(FAMILIES[family].config).eval()
+    return auto.from_config(copy.deepcopy(FAMILIES[family].config)).eval()  # some classes write into it
 
 
 def full(base: str, name: str) -> str:
